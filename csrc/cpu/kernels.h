@@ -1,0 +1,91 @@
+// The table of CPU entry points: all that a caller of the CPU kernels may include.
+//
+// The kernels are compiled once per instruction-set level (scalar, avx2, avx512, avx512_bf16) and each
+// level fills one `Kernels` table. They know neither torch nor Python: raw pointers, sizes, and a
+// parallel_for that the caller hands in. Pointers may have any alignment. Nothing here checks its
+// arguments: the bindings do, before they call.
+//
+// Work is cut into blocks that do not depend on the number of threads, so the same input gives the same
+// bits for any thread pool.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tlk {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// A parallel_for over [0, n): calls body(ctx, begin, end) on disjoint ranges that cover it, each at least
+// `grain` long where possible, and returns when all are done.
+struct Parallel {
+    void (*run)(void* pool, int64_t n, int64_t grain, void (*body)(void* ctx, int64_t begin, int64_t end), void* ctx);
+    void* pool;
+};
+
+// A tensor in 4-bit NF4 storage. Blocks run over the flat tensor; the even element of a pair is in the
+// high nibble. The scales are float32 (`absmax`), or, double-quantized, 8-bit (`absmax_q`, and then
+// absmax[i] = dynamic_code[absmax_q[i]] * absmax_scale[i / absmax_block_size] + absmax_offset).
+struct Nf4 {
+    const uint8_t* packed;
+    const float* absmax;          // null when double-quantized
+    const uint8_t* absmax_q;      // null when not
+    const float* absmax_scale;
+    float absmax_offset;
+    int64_t absmax_block_size;    // a power of two
+    int64_t numel;
+    int64_t block_size;           // a power of two, 32 to 4096
+    const float* code;            // 16 entries
+};
+
+struct Kernels {
+    const char* level;
+
+    // packed[ceil(numel / 2)], absmax[ceil(numel / block_size)] from w[numel]; code has 16 finite entries in any order.
+    void (*nf4_quantize)(const void* w, Dtype dtype, int64_t numel, int64_t block_size, const float* code,
+                         uint8_t* packed, float* absmax, Parallel parallel);
+
+    // q[n], scale[ceil(n / block_size)]: blockwise 8-bit codes of absmax - offset.
+    void (*absmax_quantize)(const float* absmax, int64_t n, int64_t block_size, float offset, uint8_t* q, float* scale,
+                            Parallel parallel);
+    // The float64 mean of absmax[n], rounded once to float32.
+    float (*absmax_mean)(const float* absmax, int64_t n);
+    void (*absmax_dequantize)(const uint8_t* q, const float* scale, float offset, int64_t n, int64_t block_size,
+                              float* absmax, Parallel parallel);
+
+    // out[w.numel] = code[nibble] * absmax, rounded once to dtype.
+    void (*nf4_dequantize)(const Nf4& w, void* out, Dtype dtype, Parallel parallel);
+
+    // y[rows, out_features] = x[rows, in_features] W^T + bias; x and y contiguous, bias float32 or null.
+    void (*nf4_linear)(const void* x, Dtype dtype, const Nf4& w, const float* bias, int64_t rows, int64_t out_features,
+                       int64_t in_features, void* y, Parallel parallel);
+
+    // grad_x[rows, in_features] = grad_y[rows, out_features] W.
+    void (*nf4_linear_t)(const void* grad_y, Dtype dtype, const Nf4& w, int64_t rows, int64_t out_features,
+                         int64_t in_features, void* grad_x, Parallel parallel);
+
+    // out[n, embedding_dim] = rows of W; every index is in [0, w.numel / embedding_dim).
+    void (*nf4_embedding)(const int64_t* indices, int64_t n, const Nf4& w, int64_t embedding_dim, void* out,
+                          Dtype dtype, Parallel parallel);
+
+    // The machine's own ceilings, for the benchmarks: each runs `repeats` times over its data on the calling
+    // thread; the caller takes the time. read/copy stream `bytes`; the arithmetic loops return flops done.
+    void (*roofline_read)(const void* data, size_t bytes, int64_t repeats, float* sink);
+    void (*roofline_copy)(void* out, const void* data, size_t bytes, int64_t repeats, bool streaming);
+    double (*roofline_fma_fp32)(int64_t repeats, float* sink);
+    double (*roofline_dot_bf16)(int64_t repeats, float* sink);  // 0 where the level has no bf16 dot product
+};
+
+// The 256-entry signed "dynamic" table of the 8-bit scales (Dettmers 2022), ascending.
+extern const float* const dynamic_code;
+// The 16 NF4 values (Dettmers 2023), ascending.
+extern const float nf4_code[16];
+
+// The table of the best level that this machine has, capped by TLKERNELS_CPU_ISA; chosen once.
+const Kernels& kernels();
+// Why that level was chosen, one sentence.
+const char* kernels_reason();
+// The table of one level, or null when this machine (or this build) does not have it. For tests.
+const Kernels* kernels_for(const char* level);
+
+}  // namespace tlk

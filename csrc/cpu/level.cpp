@@ -1,0 +1,25 @@
+// This level's table of entry points: addresses only, so that nothing of this level runs before it is chosen.
+#include "cpu/level.h"
+
+namespace tlk {
+
+using namespace TLK_LEVEL;
+
+extern const Kernels TLK_TABLE;
+const Kernels TLK_TABLE = {
+    .level = TLK_LEVEL_NAME,
+    .nf4_quantize = nf4_quantize,
+    .absmax_quantize = absmax_quantize,
+    .absmax_mean = absmax_mean,
+    .absmax_dequantize = absmax_dequantize,
+    .nf4_dequantize = nf4_dequantize,
+    .nf4_linear = nf4_linear,
+    .nf4_linear_t = nf4_linear_t,
+    .nf4_embedding = nf4_embedding,
+    .roofline_read = roofline_read,
+    .roofline_copy = roofline_copy,
+    .roofline_fma_fp32 = roofline_fma_fp32,
+    .roofline_dot_bf16 = roofline_dot_bf16,
+};
+
+}  // namespace tlk

@@ -1,0 +1,31 @@
+// The entry points of this instruction-set level, in a namespace of its name (TLK_LEVEL, from the build), so that the
+// same sources compiled for another level are other symbols.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace tlk::TLK_LEVEL {
+
+template <class Pointer>
+struct Pointee;
+template <class R, class... Args>
+struct Pointee<R (*)(Args...)> {
+    using type = R(Args...);
+};
+template <class Pointer>
+using Function = typename Pointee<Pointer>::type;
+
+Function<decltype(Kernels::nf4_quantize)> nf4_quantize;
+Function<decltype(Kernels::absmax_quantize)> absmax_quantize;
+Function<decltype(Kernels::absmax_mean)> absmax_mean;
+Function<decltype(Kernels::absmax_dequantize)> absmax_dequantize;
+Function<decltype(Kernels::nf4_dequantize)> nf4_dequantize;
+Function<decltype(Kernels::nf4_linear)> nf4_linear;
+Function<decltype(Kernels::nf4_linear_t)> nf4_linear_t;
+Function<decltype(Kernels::nf4_embedding)> nf4_embedding;
+Function<decltype(Kernels::roofline_read)> roofline_read;
+Function<decltype(Kernels::roofline_copy)> roofline_copy;
+Function<decltype(Kernels::roofline_fma_fp32)> roofline_fma_fp32;
+Function<decltype(Kernels::roofline_dot_bf16)> roofline_dot_bf16;
+
+}  // namespace tlk::TLK_LEVEL

@@ -1,0 +1,276 @@
+// The vectors of this instruction-set level: everything that differs between levels stands here.
+//
+// Each kernel file is compiled once per level. All of it is in an anonymous namespace and none of it is inline code
+// of the standard library: a weak symbol compiled with AVX-512 flags could replace, at link time, the copy that a
+// baseline file uses, and crash an older machine (a test runs nm over the objects).
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace tlk {
+namespace {
+
+using bf16 = struct bf16_t {
+    uint16_t bits;
+};
+using f16 = struct f16_t {
+    uint16_t bits;
+};
+
+template <class T>
+constexpr T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+constexpr T max(T a, T b) {
+    return a < b ? b : a;
+}
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline uint32_t bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+inline float float_of(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+// ---- one element, any level ----------------------------------------------------------------------------------
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline float to_float(f16 x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+    if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    // Scaling by 2^112 turns the 5-bit exponent into the 8-bit one, subnormals included, exactly.
+    return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
+}
+
+// Round to nearest even, once.
+inline void convert(float x, float& out) { out = x; }
+inline void convert(float x, bf16& out) {
+    const uint32_t u = bits_of(x);
+    out.bits = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline void convert(float x, f16& out) {
+    const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+    if (magnitude > 0x7f800000) {
+        out.bits = 0x7e00;
+    } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity
+        out.bits = uint16_t(sign | 0x7c00);
+    } else if (magnitude < 0x38800000) {  // subnormal: the adder rounds at 2^-24
+        out.bits = uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
+    } else {
+        out.bits = uint16_t(sign | ((magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13));
+    }
+}
+
+// ---- float vectors -------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+
+struct Vec {
+    static constexpr int size = 16;
+    __m512 v;
+};
+inline Vec zero() { return {_mm512_setzero_ps()}; }
+inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const bf16* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+inline Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+
+inline __m256i round_bf16(__m512 x) {
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
+    r = _mm512_mask_mov_epi32(_mm512_srli_epi32(r, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    return _mm512_cvtepi32_epi16(r);
+}
+inline void store(bf16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, round_bf16(x.v)); }
+inline void store(f16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, 0)); }
+
+#elif defined(__AVX2__)
+
+struct Vec {
+    static constexpr int size = 8;
+    __m256 v;
+};
+inline Vec zero() { return {_mm256_setzero_ps()}; }
+inline Vec splat(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const bf16* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
+}
+inline Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline float sum(Vec a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline __m128i round_bf16(__m256 x) {
+    const __m256i u = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    r = _mm256_blendv_epi8(_mm256_srli_epi32(r, 16), _mm256_set1_epi32(0x7fc0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+inline void store(bf16* p, Vec x) { _mm_storeu_si128((__m128i*)p, round_bf16(x.v)); }
+inline void store(f16* p, Vec x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.v, 0)); }
+
+#else
+
+// Four lanes that any compiler for any machine turns into its own vectors.
+struct Vec {
+    static constexpr int size = 4;
+    float v[4];
+};
+inline Vec zero() { return {}; }
+inline Vec splat(float x) { return {{x, x, x, x}}; }
+template <class T>
+inline Vec load(const T* p) {
+    return {{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+}
+template <class T>
+inline void store(T* p, Vec x) {
+    for (int i = 0; i < 4; ++i) convert(x.v[i], p[i]);
+}
+inline Vec operator*(Vec a, Vec b) {
+    for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i];
+    return a;
+}
+inline Vec operator+(Vec a, Vec b) {
+    for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
+    return a;
+}
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+
+#endif
+
+// x rounded to the precision of T, still as float.
+inline Vec round_to(Vec x, float) { return x; }
+template <class T>
+inline Vec round_to(Vec x, T) {
+    T narrow[Vec::size];
+    store(narrow, x);
+    return load(narrow);
+}
+template <class T>
+inline float round_to(float x, T) {
+    T narrow;
+    convert(x, narrow);
+    return to_float(narrow);
+}
+
+// out[n] = in[n], widened or narrowed.
+template <class In, class Out>
+inline void convert_row(const In* in, int64_t n, Out* out) {
+    int64_t i = 0;
+    for (; i + Vec::size <= n; i += Vec::size) store(out + i, load(in + i));
+    for (; i < n; ++i) convert(to_float(in[i]), out[i]);
+}
+
+// ---- transposition of 32-bit words ---------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+// 16 x 16 words: rows a[0..15] -> columns, by interleaving words, pairs, then 128-bit lanes.
+inline void transpose_block(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + i * in_stride);
+    for (int i = 0; i < 8; ++i) {
+        b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+        a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+        a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+        a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        _mm512_storeu_si512(out + (i + 0) * out_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(out + (i + 8) * out_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512(out + (i + 4) * out_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512(out + (i + 12) * out_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+constexpr int64_t kTransposeBlock = 16;
+#else
+inline void transpose_block(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+}
+constexpr int64_t kTransposeBlock = 4;
+#endif
+
+// out[cols][rows] = in[rows][cols]
+inline void transpose(const void* in_, int64_t rows, int64_t cols, int64_t in_stride, void* out_, int64_t out_stride) {
+    const auto* in = static_cast<const uint32_t*>(in_);
+    auto* out = static_cast<uint32_t*>(out_);
+    constexpr int64_t B = kTransposeBlock;
+    const int64_t whole_rows = rows / B * B, whole_cols = cols / B * B;
+    for (int64_t i = 0; i < whole_rows; i += B)
+        for (int64_t j = 0; j < whole_cols; j += B)
+            transpose_block(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+}
+
+// ---- memory and work -----------------------------------------------------------------------------------------
+
+// Aligned scratch that lives as long as the block it is declared in. Running out of it ends the process, as it
+// would anywhere in a kernel: callers keep it small.
+template <class T>
+struct Scratch {
+    T* data;
+    explicit Scratch(int64_t n) : data(static_cast<T*>(aligned_alloc(64, size_t(round_up(n * int64_t(sizeof(T)) + 64, 64))))) {
+        if (data == nullptr) abort();
+    }
+    ~Scratch() { free(data); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    operator T*() { return data; }
+};
+
+template <class F>
+void parallel_for(Parallel parallel, int64_t n, int64_t grain, const F& f) {
+    if (n <= 0) return;
+    parallel.run(
+        parallel.pool, n, grain,
+        [](void* ctx, int64_t begin, int64_t end) { (*static_cast<const F*>(ctx))(begin, end); },
+        const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+}  // namespace
+}  // namespace tlk

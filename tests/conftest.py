@@ -1,0 +1,108 @@
+"""What all tests share: poisoned memory, the backends to test, a right call of every op."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import formula, tolerances`, whichever import mode pytest runs in
+
+import tlkernels
+from tlkernels.ops import _registry
+
+hypothesis.settings.register_profile(
+    "tlkernels",
+    deadline=None,
+    max_examples=60,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tlkernels")
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker; the tests of threads set their own number
+    torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "isa: also runs once for every instruction-set level below this machine's own")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN (or the largest integer), so an element that a kernel leaves unwritten fails a test."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that serves CPU tensors. TLKERNELS_REQUIRE=cpu makes a missing library fail the import instead."""
+    if request.param == "cpu" and _registry.LIBRARIES["cpu"] != "loaded":
+        pytest.skip(f"compiled CPU library: {_registry.LIBRARIES['cpu']}")
+    with tlkernels.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone at the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def nf4_calls() -> Callable[..., dict[str, dict[str, Any]]]:
+    """`nf4_calls(out_features, in_features, ...)`: the arguments of a right call of every nf4 op, by the op's name."""
+
+    def calls(
+        out_features: int, in_features: int, *, rows: int = 5, dtype: torch.dtype = torch.float32, nested: bool = False,
+        block_size: int = 64,
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        w = randn(out_features, in_features)
+        weight = tlkernels.ops.nf4_quantize(w, block_size=block_size, double_quant=nested)
+        absmax = tlkernels.ops.nf4_quantize(w, block_size=block_size).absmax
+        q, scale, offset = tlkernels.ops.absmax_quantize(absmax)
+        tensors = {
+            "packed": weight.packed,
+            "absmax": weight.absmax,
+            "code": torch.tensor(tlkernels.ops.NF4_CODE),
+            "absmax_scale": weight.absmax_scale,
+            "absmax_offset": weight.absmax_offset,
+        }
+        sizes = {"out_features": out_features, "in_features": in_features}
+        blocks = {"block_size": block_size, "absmax_block_size": 256}
+        indices = torch.randint(0, max(1, out_features), (min(rows, out_features),), generator=generator)
+        return {
+            "nf4_quantize": {"w": w, "code": tensors["code"], "block_size": block_size},
+            "absmax_quantize": {"absmax": absmax, "offset": None, "block_size": 256},
+            "absmax_dequantize": {"q": q, "scale": scale, "offset": offset, "block_size": 256},
+            "nf4_dequantize": {**tensors, "shape": [out_features, in_features], "dtype": dtype, **blocks},
+            "nf4_dequantize.out": {
+                **tensors, "shape": [out_features, in_features], **blocks,
+                "out": torch.empty(out_features, in_features, dtype=dtype),
+            },
+            "nf4_linear": {"x": randn(rows, in_features), **tensors, "bias": randn(out_features), **sizes, **blocks},
+            "nf4_linear_t": {"grad_output": randn(rows, out_features), **tensors, **sizes, **blocks},
+            "nf4_embedding": {
+                "indices": indices, **tensors, "num_embeddings": out_features, "embedding_dim": in_features,
+                "dtype": dtype, **blocks,
+            },
+        }  # fmt: skip
+
+    return calls

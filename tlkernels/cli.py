@@ -1,0 +1,330 @@
+"""The command line: ``tlkernels info | quantize | inspect | bench``. All of it works without torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import tlkernels
+from tlkernels._version import __version__
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments; by default those of the process.
+
+    Returns
+    -------
+    int
+        0; 1 where the command failed (one line on stderr says why) or `inspect` found damage; 128 + the signal's
+        number when interrupted. A wrong usage exits with 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["bench"]:  # its arguments are not ours to parse
+            return _bench(argv[1:])
+        arguments = _parser().parse_args(argv)
+        with _interruptible():
+            code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except _Interrupted as interrupted:
+        print(f"tlkernels: {interrupted}; nothing was left behind", file=sys.stderr)
+        return 128 + interrupted.number
+    except BrokenPipeError:  # the reader of our output has gone, as in `tlkernels info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tlkernels", description="Performance kernels for transfer learning.")
+    parser.add_argument("--version", action="version", version=f"tlkernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, libraries, instruction set, and the table of ops and backends")
+    info.set_defaults(run=_info)
+
+    from tlkernels._checkpoint import DEFAULT_SKIP
+
+    quantize = commands.add_parser(
+        "quantize",
+        help="store the weights of a safetensors file in 4 bits (NF4)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Store the weights of a safetensors file in 4 bits (NF4), in the layout of bitsandbytes, which\n"
+            "transformers and tlkernels.nn read. Works in pieces: the file may be larger than memory."
+        ),
+        epilog=(
+            "Quantized are the floating-point (F16, BF16, F32, F64) matrices named *.weight, except, as transformers\n"
+            "does, embeddings and output heads:\n"
+            f"  {' '.join(DEFAULT_SKIP)}\n"
+            "Everything else is copied byte by byte: vectors (norms, biases), convolutions, 8-bit floats, integers.\n"
+            "\n"
+            "A PATTERN has shell wildcards (* ? [...]) and fits a tensor's whole name or some of its dot-separated\n"
+            "parts in a row: lm_head, layers.0, '*.q_proj', encoder.layer.*.output.\n"
+            "\n"
+            "A block with NaN becomes NaN, one with an infinity NaN and infinities; the tensors concerned are named\n"
+            "in a warning, and keep float32 scales with --double-quant. F64 is stored as the NF4 of float32.\n"
+            "Matrices that a model holds transposed (Conv1D in GPT-2) are stored as they are, which transformers does\n"
+            "not expect."
+        ),
+    )
+    quantize.add_argument("input", metavar="IN.safetensors", type=Path)
+    quantize.add_argument("output", metavar="OUT.safetensors", type=Path)
+    quantize.add_argument(
+        "--skip", metavar="PATTERN", action="append", default=[], help="leave these alone too (may be repeated)"
+    )
+    quantize.add_argument(
+        "--only",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="quantize the matrices that fit this, whatever their name, and no others (may be repeated)",
+    )
+    quantize.add_argument("--min-size", metavar="N", type=_count, default=0, help="leave smaller tensors alone (elements)")
+    quantize.add_argument(
+        "--block-size", metavar="N", type=_block_size, default=64, help="elements per scale (default: 64)"
+    )
+    quantize.add_argument("--double-quant", action="store_true", help="store the scales in 8 bits")
+    quantize.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    quantize.set_defaults(run=_quantize)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a quantized file holds, and whether it is intact",
+        description=(
+            "Say what a file holds, tensor by tensor, and whether it is intact: its checksums, where tlkernels wrote "
+            "it, and whether the parts of every quantized tensor fit together. Exits with 1 if not."
+        ),
+    )
+    inspect.add_argument("file", metavar="FILE", type=Path)
+    inspect.set_defaults(run=_inspect)
+
+    commands.add_parser("bench", help="the benchmarks, in a source tree: python -m bench", add_help=False)
+    return parser
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
+
+
+def _block_size(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        value = int(text)
+        if 32 <= value <= 4096 and value & (value - 1) == 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a power of two from 32 to 4096")
+
+
+# ---- interrupts -----------------------------------------------------------------------------------------------------
+
+
+class _Interrupted(BaseException):
+    """A signal asked us to stop. Not an Exception, so that nothing on the way takes it for an error of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__({signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}.get(number, "stopped by a signal"))
+        self.number = int(number)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Signals that end a process raise instead, once, so that temporary files are removed on the way out."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only the main thread may handle signals
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for n in numbers:
+            signal.signal(n, signal.SIG_IGN)  # a second one must not cut the clean-up short
+        raise _Interrupted(number)
+
+    before = {}
+    try:
+        for n in numbers:
+            if signal.getsignal(n) != signal.SIG_IGN:  # as nohup sets it
+                before[n] = signal.signal(n, stop)
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+# ---- progress -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """``advance(n, what)``: a bar on a terminal where rich is installed, else a line on stderr every few seconds."""
+    if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
+        console: Any = importlib.import_module("rich.console").Console(stderr=True)
+        columns: Any = importlib.import_module("rich.progress")
+        with columns.Progress(
+            "{task.description}", columns.BarColumn(), columns.DownloadColumn(), columns.TimeRemainingColumn(),
+            "{task.fields[what]}", console=console, transient=True,
+        ) as bar:  # fmt: skip
+            task = bar.add_task(title, total=total, what="")
+            yield lambda n, what: bar.update(task, advance=n, what=what)
+        return
+
+    done, last = 0, time.monotonic()
+
+    def advance(n: int, what: str) -> None:
+        nonlocal done, last
+        done += n
+        if time.monotonic() - last >= 2:
+            last = time.monotonic()
+            print(f"{title}: {min(100, 100 * done // max(total, 1)):3d}% {what}", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+def _fail(error: Exception) -> int:
+    print(f"tlkernels: error: {error}", file=sys.stderr)
+    return 1
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from tlkernels import numpy as tnp
+
+    rows = [["tlkernels", __version__], ["python", platform.python_version()], ["machine", platform.machine()]]
+    rows += [[name, _version(name)] for name in ("numpy", "torch", "triton", "safetensors")]
+    if tnp.LIBRARY == "loaded":
+        from tlkernels import _numpy  # type: ignore[attr-defined]
+
+        rows.append(["instruction set", f"{_numpy.level()}: {_numpy.reason()}"])
+        rows.append(["levels here", ", ".join(_numpy.levels())])
+    rows.append(["threads, numpy", str(tnp.get_num_threads())])
+    libraries = {"numpy": tnp.LIBRARY}
+    if hasattr(tlkernels, "ops"):
+        import torch
+
+        from tlkernels.ops._registry import LIBRARIES, forced_backend
+
+        rows.append(["threads, torch", str(torch.get_num_threads())])
+        rows.append(["forced backend", forced_backend() or "none"])
+        libraries |= LIBRARIES
+    _table(rows)
+    print("\nlibraries")
+    _table([[f"  {name}", state] for name, state in libraries.items()])
+    print("\nops")
+    if not hasattr(tlkernels, "ops"):
+        print("  torch is not installed: tlkernels.numpy and this command line are all there is")
+        return 0
+    _table(
+        [["  op", "device", "backend", "dtypes", "gradient", "vmap"]]
+        + [
+            [f"  {r.op}", r.device, r.backend, " ".join(r.dtypes), r.gradient, "yes" if r.vmap else "no"]
+            for r in tlkernels.backends()
+        ]
+    )
+    return 0
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from tlkernels._checkpoint import FileError, Options, quantize_file
+
+    options = Options(
+        tuple(arguments.skip), tuple(arguments.only), arguments.min_size, arguments.block_size, arguments.double_quant,
+        arguments.force,
+    )  # fmt: skip
+    try:
+        total = arguments.input.stat().st_size if arguments.input.is_file() else 0
+        with _progress("quantizing", total) as advance:
+            result = quantize_file(arguments.input, arguments.output, options, advance)
+    except FileError as error:
+        return _fail(error)
+    for name, blocks in result.nonfinite.items():
+        print(
+            f"tlkernels: warning: {name} has NaN or infinities in {blocks} block{'s' * (blocks != 1)}",
+            file=sys.stderr,
+        )
+    print(
+        f"{arguments.output}: {result.quantized} tensors in 4 bits, {result.copied} copied; "
+        f"{_size(result.bytes_in)} -> {_size(result.bytes_out)}"
+    )
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from tlkernels._checkpoint import FileError, inspect_file
+
+    try:
+        total = arguments.file.stat().st_size if arguments.file.is_file() else 0
+        with _progress("checking", total) as advance:
+            report = inspect_file(arguments.file, lambda n: advance(n, ""))
+    except FileError as error:
+        return _fail(error)
+    rows = [["tensor", "shape", "dtype", "stored as", "bytes"]]
+    for t in report.tensors:
+        storage = f"{t.storage}, blocks of {t.block_size}{', double-quantized' * t.double_quant}" if t.storage else "as is"
+        rows.append([t.name, "x".join(map(str, t.shape)) or "scalar", t.dtype, storage, str(t.nbytes)])
+    _table(rows)
+    quantized = [t for t in report.tensors if t.storage]
+    stored = sum(t.nbytes for t in quantized)
+    print(f"\n{len(report.tensors)} tensors, {_size(sum(t.nbytes for t in report.tensors))}")
+    if quantized:
+        elements = sum(math.prod(t.shape) for t in quantized)
+        bits = f"{8 * stored / elements:.3f} bits per weight" if elements else "no elements"
+        print(f"{len(quantized)} of them in 4 bits, {_size(stored)}, {bits}")
+    print("checksums: " + ("verified" if report.checked and not report.problems else "see below" if report.checked else "none"))
+    for problem in report.problems:
+        print(f"tlkernels: error: {arguments.file}: {problem}", file=sys.stderr)
+    return 1 if report.problems else 0
+
+
+def _bench(argv: Sequence[str]) -> int:
+    root = _PACKAGE.parent
+    if not (root / "bench" / "__main__.py").is_file() or not (root / "csrc").is_dir():
+        return _fail(RuntimeError("the benchmarks are part of the source tree, not of the installed package"))
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return subprocess.call([sys.executable, "-m", "bench", *argv], env={**os.environ, "PYTHONPATH": path})

@@ -1,0 +1,1 @@
+"""Adapters for what users already have. Each module imports its library only when it is called."""

@@ -1,0 +1,5 @@
+"""Modules over the ops: 4-bit layers, and what puts them into a model."""
+
+from tlkernels.nn.nf4 import NF4Embedding, NF4Linear
+
+__all__ = ["NF4Embedding", "NF4Linear"]
