@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(selection.ops or ()) - set(family.ops):
         print(f"bench: --op {', '.join(sorted(unknown))}; expected some of {', '.join(family.ops)}", file=sys.stderr)
         return 2
-    result = run(family, device, selection, options.threads, options.max_minutes, Path(options.out) if options.out else None)
+    out = Path(options.out) if options.out else None
+    result = run(family, device, selection, options.threads, options.max_minutes, out)
     if options.write_docs:
         report.write_docs(result, ROOT / "docs")
     wrong = [row for row in result.rows if row.ours and not row.right]
@@ -43,7 +44,7 @@ def run(
     max_minutes: float | None = None,
     out: Path | None = None,
 ) -> report.Report:
-    """Measure everything selected; the JSON file is rewritten after every case, so that a stopped run keeps its rows."""
+    """Measure everything selected; the JSON file is rewritten after every case, so a stopped run keeps its rows."""
     deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
     quick = selection.quick
     effort = harness.CUDA if device.type == "cuda" else harness.QUICK if quick else harness.FULL

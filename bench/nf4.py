@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -170,7 +168,9 @@ def _codes_error(result: tuple[Tensor, Tensor], exact: nf4.NF4Weight) -> float:
     return max(_relative(got, want), 1e-12)  # bits differ: never exactly right
 
 
-def _values_judge(weight: nf4.NF4Weight, dtype: torch.dtype, indices: Tensor | None = None) -> Callable[[Tensor], float]:
+def _values_judge(
+    weight: nf4.NF4Weight, dtype: torch.dtype, indices: Tensor | None = None
+) -> Callable[[Tensor], float]:
     """Dequantizing is exact: the float32 product, rounded once. What differs in a bit has an error."""
 
     def error(result: Tensor) -> float:
@@ -257,7 +257,7 @@ def _product(problem: Problem, layer: Callable[[Tensor], Tensor]) -> Run:
     return Run(lambda: torch.autograd.grad(y, leaf, grad, retain_graph=True)[0], whole)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compile(op: str) -> Callable[..., Any]:
     """torch.compile of a reference, for any size: a compilation per size would outlast the measurements."""
     import torch._dynamo

@@ -53,7 +53,9 @@ class Report:
             for c in raw["ceilings"]
         ]
         floats = {name for name, kind in Row.__annotations__.items() if kind == "float"}
-        raw["rows"] = [Row(**{k: math.nan if v is None and k in floats else v for k, v in r.items()}) for r in raw["rows"]]
+        raw["rows"] = [
+            Row(**{k: math.nan if v is None and k in floats else v for k, v in r.items()}) for r in raw["rows"]
+        ]
         return cls(**raw)
 
 
@@ -140,7 +142,7 @@ class Progress:
 
 def _time(seconds: float) -> str:
     if math.isnan(seconds):
-        return "–"
+        return "-"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -149,24 +151,24 @@ def _time(seconds: float) -> str:
 
 def _bytes(count: int | None) -> str:
     if count is None:
-        return "–"
+        return "-"
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 / 10 else f"{count / 2**10:.0f} KiB"
 
 
 def _times(factor: float) -> str:
-    return "–" if math.isnan(factor) else f"{factor:.2f}x" if factor < 10 else f"{factor:.0f}x"
+    return "-" if math.isnan(factor) else f"{factor:.2f}x" if factor < 10 else f"{factor:.0f}x"
 
 
 def _percent(fraction: float) -> str:
-    return "–" if math.isnan(fraction) else f"{100 * fraction:.0f}%" if fraction >= 0.1 else f"{100 * fraction:.1f}%"
+    return "-" if math.isnan(fraction) else f"{100 * fraction:.0f}%" if fraction >= 0.1 else f"{100 * fraction:.1f}%"
 
 
 def _error(error: float) -> str:
-    return "–" if math.isnan(error) else "exact" if error == 0 else f"{error:.1e}"
+    return "-" if math.isnan(error) else "exact" if error == 0 else f"{error:.1e}"
 
 
 def _rate(rate: float) -> str:
-    return "–" if math.isnan(rate) else f"{rate / 1e9:.3g}"
+    return "-" if math.isnan(rate) else f"{rate / 1e9:.3g}"
 
 
 def describe_ceilings(ceilings: Ceilings) -> str:
@@ -179,11 +181,14 @@ def describe_ceilings(ceilings: Ceilings) -> str:
         peaks.append(f"bfloat16 {ceilings.bf16 / 1e9:,.0f} GFLOP/s")
     kinds = [("read", ceilings.read), ("copy, bytes read and written", ceilings.copy)]
     bandwidths = [
-        f"{kind}: " + ", ".join(f"{rate / 1e9:,.0f} GB/s at {size / 2**20:g} MiB" for size, rate in sorted(rates.items()))
+        f"{kind}: "
+        + ", ".join(f"{rate / 1e9:,.0f} GB/s at {size / 2**20:g} MiB" for size, rate in sorted(rates.items()))
         for kind, rates in kinds
         if rates
     ]
-    return f"Ceilings {where}: {'; '.join(peaks)}; {'; '.join(bandwidths)}." + (f" ({ceilings.note})" * bool(ceilings.note))
+    return f"Ceilings {where}: {'; '.join(peaks)}; {'; '.join(bandwidths)}." + (
+        f" ({ceilings.note})" * bool(ceilings.note)
+    )
 
 
 # ---- Markdown -------------------------------------------------------------------------------------------------------
@@ -212,24 +217,38 @@ def markdown(report: Report, plots: Iterable[str] = ()) -> str:
     parts += [f"Not measured: {line}." for line in report.missing]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
     ours = [row for row in report.rows if row.ours]
-    head = ("op", "shape", "rows", "dtype", "threads", "backend", "time", "over best peer", "best peer", "of ceiling", "extra memory", "error")  # fmt: skip
+    head = (
+        "op", "shape", "rows", "dtype", "threads", "backend", "time", "over best peer", "best peer", "of ceiling",
+        "extra memory", "error",
+    )  # fmt: skip
     parts.append("### Our rows\n\n" + _table(head, map(_our_cells, ours)))
     parts.append("### Every row")
     for op, rows in groupby(report.rows, key=lambda row: row.op):
-        head = ("shape", "rows", "dtype", "threads", "provider", "time", "quartiles", "over best peer", "GB/s", "GFLOP/s", "of ceiling", "extra memory", "error", "note")  # fmt: skip
+        head = (
+            "shape", "rows", "dtype", "threads", "provider", "time", "quartiles", "over best peer", "GB/s", "GFLOP/s",
+            "of ceiling", "extra memory", "error", "note",
+        )  # fmt: skip
         parts.append(f"<details><summary>{op}</summary>\n\n{_table(head, map(_cells, rows))}\n\n</details>")
     return "\n\n".join(parts)
 
 
 def _our_cells(row: Row) -> Iterator[str]:
     peer = row.best_peer or "none right"
-    yield from (row.op, row.shape, str(row.rows or ""), row.dtype, str(row.threads or ""), row.provider, _time(row.seconds))
+    yield from (
+        row.op,
+        row.shape,
+        str(row.rows or ""),
+        row.dtype,
+        str(row.threads or ""),
+        row.provider,
+        _time(row.seconds),
+    )
     yield from (_times(row.speedup), peer, _percent(row.fraction), _bytes(row.extra_bytes))
     yield _error(row.error) if row.right else f"**{row.note}**"
 
 
 def _cells(row: Row) -> Iterator[str]:
-    quartiles = "–" if math.isnan(row.seconds) else f"{_time(row.lower_quartile)} to {_time(row.upper_quartile)}"
+    quartiles = "-" if math.isnan(row.seconds) else f"{_time(row.lower_quartile)} to {_time(row.upper_quartile)}"
     name = f"**{row.provider}**" if row.ours else row.provider
     yield from (row.shape, str(row.rows or ""), row.dtype, str(row.threads or ""), name, _time(row.seconds), quartiles)
     yield from (_times(row.speedup), _rate(row.bytes_per_second), _rate(row.flops_per_second), _percent(row.fraction))
@@ -317,7 +336,9 @@ def _plot(rows: list[Row], attribute: str, label: str, title: str, path: Path) -
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    handles = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.suptitle(title, fontsize=14, fontweight="bold")
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(len(handles), 6), frameon=False)
     figure.tight_layout(rect=(0, 0.06 if lines < 3 else 0.04, 1, 0.98))

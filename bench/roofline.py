@@ -110,30 +110,28 @@ def _per_repeat(works: Callable[[int], list[Callable[[], Any]]], seconds: float)
     """Seconds per repeat, the best of five: a ceiling is what the machine can do when nothing disturbs it."""
     repeats = 1
     while (taken := _together(works(repeats))) < seconds / 4:
-        repeats = max(repeats * 2, int(repeats * seconds / 3 / max(taken, 1e-6)))
+        repeats = max(2 * repeats, int(repeats * min(seconds / 3 / max(taken, 1e-9), 100)))
     return min(_together(works(repeats)) for _ in range(5)) / repeats
 
 
 def _together(works: list[Callable[[], Any]]) -> float:
-    """Seconds from the common start until the last of them is done, each in a thread of its own."""
-    if len(works) == 1:
-        start = time.perf_counter()
-        works[0]()
-        return time.perf_counter() - start
-    gate = threading.Barrier(len(works) + 1)
+    """Seconds from when the first of them starts until the last is done, each in a thread of its own."""
+    gate, times = threading.Barrier(len(works)), []
 
     def run(work: Callable[[], Any]) -> None:
         gate.wait()
+        start = time.perf_counter()
         work()
+        times.append((start, time.perf_counter()))
 
     pool = [threading.Thread(target=run, args=(work,)) for work in works]
     for thread in pool:
         thread.start()
-    gate.wait()
-    start = time.perf_counter()
     for thread in pool:
         thread.join()
-    return time.perf_counter() - start
+    if len(times) < len(works):
+        raise RuntimeError("roofline: a loop failed; its error is printed above")
+    return max(end for _, end in times) - min(start for start, _ in times)
 
 
 def _pages(size: int) -> np.ndarray:
@@ -151,7 +149,6 @@ def _measure_cuda(device: torch.device) -> Ceilings:
     source = torch.empty(2**31, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     ceilings.copy[2 * source.numel()] = 2 * source.numel() / _cuda_seconds(lambda: target.copy_(source))
-    del source, target
     n = 8192
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))

@@ -294,7 +294,9 @@ def measure(seconds: float = 12.0) -> list[Result]:
         speed: dict[int, dict[str, float]] = {}
         for size, work in ((1, ones), (LONG_BATCH, batches[:4])):
             task = progress.add_task(f"speed, {size} at a time, in turns", total=100)
-            speed[size] = speeds(models, work, seconds, lambda done, task=task: progress.update(task, completed=100 * done))
+            speed[size] = speeds(
+                models, work, seconds, lambda done, task=task: progress.update(task, completed=100 * done)
+            )
     for name in names:
         results[name].single, results[name].batched = speed[1][name], speed[LONG_BATCH][name]
     return list(results.values())
@@ -310,7 +312,9 @@ def complaints(results: list[Result]) -> list[str]:
         if not result.mean_cosine >= LEAST_MEAN_COSINE:
             found.append(f"{result.name}: mean cosine {result.mean_cosine:.4f}; expected {LEAST_MEAN_COSINE} or more")
         if not result.worst_cosine >= LEAST_WORST_COSINE:
-            found.append(f"{result.name}: worst cosine {result.worst_cosine:.4f}; expected {LEAST_WORST_COSINE} or more")
+            found.append(
+                f"{result.name}: worst cosine {result.worst_cosine:.4f}; expected {LEAST_WORST_COSINE} or more"
+            )
         if not result.accuracy >= dense.accuracy - MOST_ACCURACY_LOST:
             found.append(f"{result.name}: accuracy {result.accuracy:.3f}; float32 has {dense.accuracy:.3f}")
     return found
@@ -325,13 +329,17 @@ def show(results: list[Result]) -> None:
     from rich.table import Table
 
     table = Table(title=f"all-MiniLM-L6-v2 on {len(load_sentences()[0])} sentences, {torch.get_num_threads()} threads")
-    heads = ("variant", "linear layers", "whole model", "peak memory", "sent./s, 1", "sent./s, 32", "cosine mean", "worst", "accuracy")  # fmt: skip
+    heads = (
+        "variant", "linear layers", "whole model", "peak memory", "sent./s, 1", "sent./s, 32", "cosine mean", "worst",
+        "accuracy",
+    )  # fmt: skip
     for i, head in enumerate(heads):
         table.add_column(head, justify="right" if i else "left")
     for r in results:
-        peak = f"{_mb(r.peak_bytes)} MB" if r.peak_bytes else "–"
+        peak = f"{_mb(r.peak_bytes)} MB" if r.peak_bytes else "-"
         table.add_row(
-            r.name, f"{_mb(r.linear_bytes)} MB", f"{_mb(r.model_bytes)} MB", peak, f"{r.single:.0f}", f"{r.batched:.0f}",
+            r.name, f"{_mb(r.linear_bytes)} MB", f"{_mb(r.model_bytes)} MB", peak,
+            f"{r.single:.0f}", f"{r.batched:.0f}",
             f"{r.mean_cosine:.4f}", f"{r.worst_cosine:.4f}", f"{100 * r.accuracy:.1f} %",
             style="bold cyan" if r.name.startswith("tlkernels") else None,
         )  # fmt: skip
@@ -384,9 +392,8 @@ def plot(results: list[Result], path: Path) -> None:
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
         shades = [pyplot.Rectangle((0, 0), 1, 1, color="#444444", alpha=a) for a in (1.0, light)]
-        axis.legend(shades, [label for label, _, _ in bars], loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)  # fmt: skip
-    low = min(100 * min(r.accuracy, r.mean_cosine) for r in results)
-    accuracy.set_xlim(max(0.0, 10 * ((low - 5) // 10)), 104)
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": 2, "frameon": False}
+        axis.legend(shades, [label for label, _, _ in bars], **place)
     speed.set_yticks(list(y), [r.name for r in results])
     speed.invert_yaxis()
     figure.suptitle("all-MiniLM-L6-v2 in 4 bits", fontsize=15, fontweight="bold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker; the tests of thr
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: also runs once for every instruction-set level below this machine's own")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    rows = [f"tlkernels: {name}: {state}" for name, state in _registry.describe_libraries().items()]
+    if importlib.util.find_spec("tlkernels._numpy") is not None:
+        from tlkernels import _numpy
+
+        rows.append(f"tlkernels: instruction set: {_numpy.level()}: {_numpy.reason()}")
+    return rows
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -288,7 +288,7 @@ def inspect_file(path: Path, advance: Callable[[int], None]) -> Report:
             if name in owned:
                 continue
             report.tensors.append(Stored(name, entry.shape, _dtype_name(entry), "", 0, False, entry.nbytes))
-            base = next((name.removesuffix(p) for p in _PARTS if name.endswith(p)), None)
+            base = next((name.removesuffix(p) for p in _PARTS if name.endswith(p)), "")
             if base in reader.tensors:
                 report.problems.append(f"{name}: has no {base}{_STATE} beside it")
         report.tensors.sort(key=lambda t: t.name)

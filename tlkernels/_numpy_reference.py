@@ -16,7 +16,11 @@ from tlkernels._nf4_format import DYNAMIC_CODE, NF4_CODE
 Array = NDArray[Any]
 
 _TINY = np.float32(1e-38)  # below this the reciprocal of a block's absmax would overflow
-_STORAGE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+_STORAGE: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
 _SPOKEN = {"float32": "float32", "float16": "float16", "bfloat16": "uint16 (the bits of bfloat16)"}
 
 # ---- argument checks ------------------------------------------------------------------------------------------------
@@ -55,7 +59,9 @@ def _product(op: str, **sizes: int) -> int:
             raise ValueError(f"{op}: {name} is {size}; expected >= 0")
         product *= size
     if product >= 2**62:
-        raise ValueError(f"{op}: {' * '.join(sizes)} is {' * '.join(map(str, sizes.values()))}; expected less than 2**62")
+        raise ValueError(
+            f"{op}: {' * '.join(sizes)} is {' * '.join(map(str, sizes.values()))}; expected less than 2**62"
+        )
     return product
 
 
@@ -105,12 +111,17 @@ def narrow(x: Array, dtype: str) -> Array:
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
+def _rounded(values: Array, dtype: str) -> Array:
+    """float32 values as `dtype` holds them: a product reads the weight in the dtype of its other operand."""
+    return widen(narrow(values, dtype), dtype)
+
+
 def _normalised(flat: Array, block_size: int) -> tuple[Array, Array]:
     """Each element over its block's absmax, and the absmax."""
     count = -(-flat.size // block_size)
-    w = np.zeros(count * block_size, np.float32)
-    w[: flat.size] = flat
-    w = w.reshape(count, block_size)
+    filled = np.zeros(count * block_size, np.float32)
+    filled[: flat.size] = flat
+    w = filled.reshape(count, block_size)
     absmax = np.abs(w).max(1, initial=0.0)
     divisor = np.maximum(absmax, _TINY)[:, None]
     with np.errstate(all="ignore"):
@@ -167,7 +178,8 @@ def absmax_dequantize(q: Array, scale: Array, offset: Array, *, block_size: int 
 
 def _decode_scales(q: Array, scale: Array, offset: Array, block_size: int) -> Array:
     with np.errstate(all="ignore"):
-        return np.array(DYNAMIC_CODE, np.float32)[q] * np.repeat(scale, block_size)[: q.size] + offset.reshape(())
+        values: Array = np.array(DYNAMIC_CODE, np.float32)[q] * np.repeat(scale, block_size)[: q.size]
+        return values + offset.reshape(())
 
 
 def _decode(
@@ -198,11 +210,13 @@ def _decode(
     flat = packed.reshape(-1)
     index = np.stack([flat >> 4, flat & 15], 1).reshape(-1)[:numel]
     with np.errstate(all="ignore"):
-        return table[index] * np.repeat(absmax, block_size)[:numel]
+        values: Array = table[index] * np.repeat(absmax, block_size)[:numel]
+    return values
 
 
 def nf4_dequantize(
-    packed: Array, absmax: Array, code: Array | None, absmax_scale: Array | None, absmax_offset: Array | None, numel: int,
+    packed: Array, absmax: Array, code: Array | None, absmax_scale: Array | None, absmax_offset: Array | None,
+    numel: int,
     *, dtype: str = "float32", block_size: int = 64, absmax_block_size: int = 256, out: Array | None = None,
 ) -> Array:  # fmt: skip
     op = "nf4_dequantize"
@@ -252,7 +266,7 @@ def nf4_linear(
         _contiguous(op, "bias", bias, np.float32, "float32")
         _check_length(op, "bias", bias, out_features)
     with np.errstate(all="ignore"):
-        y = widen(x, dtype) @ values.reshape(out_features, in_features).T
+        y = widen(x, dtype) @ _rounded(values, dtype).reshape(out_features, in_features).T
         return narrow(y if bias is None else y + bias, dtype)
 
 
@@ -266,7 +280,7 @@ def nf4_linear_t(
     _check_rows(op, "grad_output", grad_output, dtype, out_features)
     values = _decode(op, packed, absmax, code, absmax_scale, absmax_offset, numel, block_size, absmax_block_size)
     with np.errstate(all="ignore"):
-        return narrow(widen(grad_output, dtype) @ values.reshape(out_features, in_features), dtype)
+        return narrow(widen(grad_output, dtype) @ _rounded(values, dtype).reshape(out_features, in_features), dtype)
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------

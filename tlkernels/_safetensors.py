@@ -184,7 +184,7 @@ class Writer:
 
 
 def layout(tensors: Sequence[tuple[str, str, Sequence[int], int]]) -> list[Entry]:
-    """Places for tensors, each (name, dtype, shape, bytes): widest elements first, so that each is aligned to its own."""
+    """Places for tensors, each (name, dtype, shape, bytes): the widest elements first, so that all are aligned."""
 
     def width(tensor: tuple[str, str, Sequence[int], int]) -> int:
         numel = 1

@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="quantize the matrices that fit this, whatever their name, and no others (may be repeated)",
     )
-    quantize.add_argument("--min-size", metavar="N", type=_count, default=0, help="leave smaller tensors alone (elements)")
+    quantize.add_argument(
+        "--min-size", metavar="N", type=_count, default=0, help="leave smaller tensors alone (elements)"
+    )
     quantize.add_argument(
         "--block-size", metavar="N", type=_block_size, default=64, help="elements per scale (default: 64)"
     )
@@ -146,7 +148,7 @@ class _Interrupted(BaseException):
     """A signal asked us to stop. Not an Exception, so that nothing on the way takes it for an error of its own."""
 
     def __init__(self, number: int) -> None:
-        super().__init__({signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}.get(number, "stopped by a signal"))
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = int(number)
 
 
@@ -215,6 +217,10 @@ def _size(n: float) -> str:
     return f"{n:.1f} TiB"
 
 
+def _tensors(n: int) -> str:
+    return f"{n} tensor{'s' * (n != 1)}"
+
+
 def _table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
@@ -230,7 +236,7 @@ def _info(arguments: argparse.Namespace) -> int:
     rows = [["tlkernels", __version__], ["python", platform.python_version()], ["machine", platform.machine()]]
     rows += [[name, _version(name)] for name in ("numpy", "torch", "triton", "safetensors")]
     if tnp.LIBRARY == "loaded":
-        from tlkernels import _numpy  # type: ignore[attr-defined]
+        _numpy: Any = importlib.import_module("tlkernels._numpy")
 
         rows.append(["instruction set", f"{_numpy.level()}: {_numpy.reason()}"])
         rows.append(["levels here", ", ".join(_numpy.levels())])
@@ -271,7 +277,8 @@ def _version(package: str) -> str:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    from tlkernels._checkpoint import FileError, Options, quantize_file
+    from tlkernels._checkpoint import Options, quantize_file
+    from tlkernels._safetensors import FileError
 
     options = Options(
         tuple(arguments.skip), tuple(arguments.only), arguments.min_size, arguments.block_size, arguments.double_quant,
@@ -289,14 +296,15 @@ def _quantize(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     print(
-        f"{arguments.output}: {result.quantized} tensors in 4 bits, {result.copied} copied; "
+        f"{arguments.output}: in 4 bits {_tensors(result.quantized)}, copied {_tensors(result.copied)}; "
         f"{_size(result.bytes_in)} -> {_size(result.bytes_out)}"
     )
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from tlkernels._checkpoint import FileError, inspect_file
+    from tlkernels._checkpoint import inspect_file
+    from tlkernels._safetensors import FileError
 
     try:
         total = arguments.file.stat().st_size if arguments.file.is_file() else 0
@@ -306,17 +314,22 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return _fail(error)
     rows = [["tensor", "shape", "dtype", "stored as", "bytes"]]
     for t in report.tensors:
-        storage = f"{t.storage}, blocks of {t.block_size}{', double-quantized' * t.double_quant}" if t.storage else "as is"
+        storage = (
+            f"{t.storage}, blocks of {t.block_size}{', double-quantized' * t.double_quant}" if t.storage else "as is"
+        )
         rows.append([t.name, "x".join(map(str, t.shape)) or "scalar", t.dtype, storage, str(t.nbytes)])
     _table(rows)
     quantized = [t for t in report.tensors if t.storage]
     stored = sum(t.nbytes for t in quantized)
-    print(f"\n{len(report.tensors)} tensors, {_size(sum(t.nbytes for t in report.tensors))}")
+    print(f"\n{_tensors(len(report.tensors))}, {_size(sum(t.nbytes for t in report.tensors))}")
     if quantized:
         elements = sum(math.prod(t.shape) for t in quantized)
         bits = f"{8 * stored / elements:.3f} bits per weight" if elements else "no elements"
         print(f"{len(quantized)} of them in 4 bits, {_size(stored)}, {bits}")
-    print("checksums: " + ("verified" if report.checked and not report.problems else "see below" if report.checked else "none"))
+    print(
+        "checksums: "
+        + ("verified" if report.checked and not report.problems else "see below" if report.checked else "none")
+    )
     for problem in report.problems:
         print(f"tlkernels: error: {arguments.file}: {problem}", file=sys.stderr)
     return 1 if report.problems else 0
@@ -326,5 +339,6 @@ def _bench(argv: Sequence[str]) -> int:
     root = _PACKAGE.parent
     if not (root / "bench" / "__main__.py").is_file() or not (root / "csrc").is_dir():
         return _fail(RuntimeError("the benchmarks are part of the source tree, not of the installed package"))
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return subprocess.call([sys.executable, "-m", "bench", *argv], env={**os.environ, "PYTHONPATH": path})
+    # not `-m bench`, which would prefer a folder of that name in the working directory
+    code = "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); runpy.run_module('bench', None, '__main__', True)"
+    return subprocess.call([sys.executable, "-c", code, str(root), *argv])

@@ -9,6 +9,7 @@ the package ml_dtypes is installed, an array of ``ml_dtypes.bfloat16``. What goe
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import warnings
@@ -105,13 +106,13 @@ def _dtype(op: str, dtype: DTypeLike | str) -> np.dtype[Any] | str:
     """A float dtype, or the string "bfloat16", which stands for its bits in uint16."""
     if isinstance(dtype, str) and dtype == "bfloat16":
         return dtype
-    try:
+    found: np.dtype[Any] | None = None
+    with contextlib.suppress(TypeError):
         found = np.dtype(dtype)
-    except TypeError:
-        found = None
     if found is None or found.name not in _FLOATS:
         raise TypeError(f"{op}: dtype is {dtype!r}; expected float32, bfloat16, float16 or float64")
-    return found.newbyteorder("=")
+    native: np.dtype[Any] = found.newbyteorder("=")
+    return native
 
 
 def _name(dtype: np.dtype[Any] | str) -> str:
@@ -186,7 +187,9 @@ def _matrix(op: str, weight: NF4Array) -> tuple[int, int]:
     _check_is_weight(op, weight)
     _size(op, weight.shape)
     if len(weight.shape) != 2:
-        raise ValueError(f"{op}: weight was quantized from shape {tuple(weight.shape)}; expected a matrix (2 dimensions)")
+        raise ValueError(
+            f"{op}: weight was quantized from shape {tuple(weight.shape)}; expected a matrix (2 dimensions)"
+        )
     return int(weight.shape[0]), int(weight.shape[1])
 
 
@@ -470,9 +473,7 @@ def _bias(op: str, bias: ArrayLike, dtype: np.dtype[Any] | str, out_features: in
     return widen(array, _name(own)).astype(np.float64) if _name(own) == "bfloat16" else array.astype(np.float64)
 
 
-def nf4_linear_t(
-    grad_output: ArrayLike, weight: NF4Array, *, dtype: DTypeLike | str | None = None
-) -> NDArray[Any]:
+def nf4_linear_t(grad_output: ArrayLike, weight: NF4Array, *, dtype: DTypeLike | str | None = None) -> NDArray[Any]:
     r"""The product :math:`g \hat W` with a 4-bit weight: the input gradient of `nf4_linear`.
 
     Parameters

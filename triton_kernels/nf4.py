@@ -59,14 +59,14 @@ _INF_BITS = tl.constexpr(0x7F800000)
 
 @triton.jit
 def _look_up(table, index):
-    """table[index] for 16 entries, of any shape of index; flat, because gather wants one rank for both."""
+    """Look up table[index] of 16 entries, for any shape of index; flat, because gather wants one rank for both."""
     flat = tl.reshape(index, [index.numel]).to(tl.int32)
     return tl.reshape(tl.gather(tl.load(table + tl.arange(0, 16)), flat, 0), index.shape)
 
 
 @triton.jit
 def _scales(absmax, absmax_scale, absmax_offset, dynamic_code, block, mask, ABSMAX_BLOCK_SIZE: tl.constexpr):
-    """The float32 scales of the given blocks, 0 where masked."""
+    """Load or decode the float32 scales of some blocks, 0 where masked."""
     scale = tl.load(absmax + block, mask=mask, other=0)
     if absmax_scale is not None:
         second = tl.load(absmax_scale + block // ABSMAX_BLOCK_SIZE, mask=mask, other=0.0)
@@ -81,7 +81,7 @@ def _decode_tile(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ABSMAX_BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """float32 W[row, 2 pair0 : 2 pair0 + COLUMNS], 0 outside W.
+    """Decode W[row, 2 pair0 : 2 pair0 + COLUMNS] to float32, 0 outside W.
 
     RUN is the largest power of two that divides in_features and block_size: so many columns share a scale, and an odd
     row length (RUN 1) is where a row may start inside a byte. The column is given in pairs, and row_bytes beside
@@ -136,8 +136,8 @@ def _quantize_kernel(
     # binary search for the number of midpoints not >= v; NaN compares false and goes to 15
     index = tl.zeros([BLOCKS, BLOCK_SIZE], tl.int32)
     for bit in tl.static_range(4):
-        step: tl.constexpr = 8 >> bit
-        index = tl.where(v <= _look_up(midpoints, index + (step - 1)), index, index + step)
+        middle = _look_up(midpoints, index + ((8 >> bit) - 1))
+        index = tl.where(v <= middle, index, index + (8 >> bit))
     if order is not None:
         index = _look_up(order, index)
     high, low = tl.split(tl.reshape(index, [BLOCKS, HALF, 2]))
@@ -168,15 +168,12 @@ def _rows_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ABSMAX_BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """out[i, j] = W[indices[i], 2 pair0 + j] for i < count and j < columns; without indices, W[row0 + i, ...]."""
+    """Write out[i, j] = W[indices[i], 2 pair0 + j], i < count and j < columns; without indices, W[row0 + i, ...]."""
     tiles = tl.cdiv(columns, COLUMNS)
     pid = tl.program_id(0).to(tl.int64)
     i = (pid // tiles) * ROWS + tl.arange(0, ROWS)
     tile = pid % tiles
-    if indices is None:
-        row = row0 + i
-    else:
-        row = tl.load(indices + i, mask=i < count, other=0).to(tl.int64)
+    row = row0 + i if indices is None else tl.load(indices + i, mask=i < count, other=0).to(tl.int64)
     valid = (row >= 0) & (row < num_rows)
     value = _decode_tile(
         packed, absmax, code, absmax_scale, absmax_offset, dynamic_code, tl.where(valid, row, num_rows),
@@ -208,7 +205,7 @@ def _product_kernel(
     BLOCK_SIZE: tl.constexpr, ABSMAX_BLOCK_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out = x W^T + bias, or x W when TRANSPOSED; with SPLITS > 1 out holds that many partial sums, one a slice."""
+    """Write x W^T + bias, or x W when TRANSPOSED; with SPLITS > 1 that many partial sums, one a slice of out."""
     depth = out_features if TRANSPOSED else in_features
     width = in_features if TRANSPOSED else out_features
     row_tiles = tl.cdiv(rows, BLOCK_ROWS)
@@ -289,13 +286,13 @@ class _Operands(NamedTuple):
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """NF4's table, its midpoints and the table of the 8-bit scales, copied to a device once."""
+    """Copy NF4's table, its midpoints and the table of the 8-bit scales to a device, once."""
     code = torch.tensor(ops.NF4_CODE, dtype=torch.float32, device=device)
     return code, _midpoints(code), torch.tensor(ops.DYNAMIC_CODE, dtype=torch.float32, device=device)
 
 
 def _midpoints(table: Tensor) -> Tensor:
-    """The 15 midpoints of an ascending table, and one entry that is never asked for."""
+    """Return the 15 midpoints of an ascending table, and one entry that is never asked for."""
     return torch.nn.functional.pad((table[1:] + table[:-1]) * 0.5, (0, 1))
 
 
@@ -313,19 +310,23 @@ def _operands(
     )
 
 
+#: How every kernel is compiled: no multiply and add in one rounding.
+LAUNCH_OPTIONS = {"enable_fp_fusion": False}
+
+
 def _launch(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
     device = next(a.device for a in args if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, **constants, enable_fp_fusion=False)
+        kernel[grid](*args, **constants, **LAUNCH_OPTIONS)
 
 
 def _kernel_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a kernel works in: Triton's interpreter truncates to bfloat16, so there torch rounds instead."""
+    """Return the dtype a kernel works in: Triton's interpreter truncates to bfloat16, so there torch rounds instead."""
     return torch.float32 if dtype == torch.bfloat16 and interpreting() else dtype
 
 
 def _run(in_features: int, block_size: int) -> int:
-    """The largest power of two that divides both."""
+    """Return the largest power of two that divides both."""
     return math.gcd(in_features, block_size)
 
 
@@ -334,12 +335,14 @@ def _processors(device: torch.device) -> int:
 
 
 def nf4_quantize(w: Tensor, code: Tensor | None = None, *, block_size: int = 64) -> tuple[Tensor, Tensor]:
-    """The op ``nf4_quantize``; see `tlkernels.ops.nf4_quantize`."""
+    """Run the op ``nf4_quantize``; see `tlkernels.ops.nf4_quantize`."""
     if w.dtype == torch.float64:
         return ops._reference_nf4_quantize(w, code, block_size=block_size)
     ops._check_float("nf4_quantize", w=w)
     ops._check_block_size("nf4_quantize", block_size)
     ops._check_code("nf4_quantize", code)
+    if code is not None and code.device != w.device:
+        raise ValueError(f"nf4_quantize: code is on {code.device}; expected {w.device}, like the other arguments")
     numel, nbytes = w.numel(), (w.numel() + 1) // 2
     packed = torch.empty(nbytes, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=w.device)
@@ -350,10 +353,10 @@ def nf4_quantize(w: Tensor, code: Tensor | None = None, *, block_size: int = 64)
     else:
         table, order = torch.sort(code, stable=True)
         midpoints, order = _midpoints(table), order.to(torch.int32)
-    flat = w.reshape(-1).to(_kernel_dtype(w.dtype))
+    flat = w.reshape(-1).to(_kernel_dtype(w.dtype)).contiguous()
     _launch(
         _quantize_kernel, (triton.cdiv(numel, _TILE),), flat, midpoints, order, packed, absmax, numel, nbytes,
-        BLOCKS=_TILE // block_size, BLOCK_SIZE=block_size,
+        BLOCKS=_TILE // block_size, BLOCK_SIZE=block_size, num_warps=8,
     )  # fmt: skip
     return packed, absmax
 
@@ -362,7 +365,7 @@ def nf4_dequantize(
     packed: Tensor, absmax: Tensor, code: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     shape: list[int], *, dtype: torch.dtype, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
-    """The op ``nf4_dequantize``; see `tlkernels.ops.nf4_dequantize`."""
+    """Run the op ``nf4_dequantize``; see `tlkernels.ops.nf4_dequantize`."""
     weight = (packed, absmax, code, absmax_scale, absmax_offset)
     blocks = {"block_size": block_size, "absmax_block_size": absmax_block_size}
     if dtype not in _FUSED_ROWS:  # float64, or an error
@@ -378,7 +381,7 @@ def nf4_dequantize_out(
     packed: Tensor, absmax: Tensor, code: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     shape: list[int], *, block_size: int = 64, absmax_block_size: int = 256, out: Tensor,
 ) -> None:  # fmt: skip
-    """The op ``nf4_dequantize.out``; see `tlkernels.ops.nf4_dequantize`."""
+    """Run the op ``nf4_dequantize.out``; see `tlkernels.ops.nf4_dequantize`."""
     weight = (packed, absmax, code, absmax_scale, absmax_offset)
     blocks = {"block_size": block_size, "absmax_block_size": absmax_block_size}
     # what cannot be written by the kernel is float64, or an error that the reference words
@@ -405,10 +408,11 @@ def _dequantize(weight: _Operands, out: Tensor, block_size: int, absmax_block_si
 
 
 def nf4_embedding(
-    indices: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
+    indices: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None,
+    absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     num_embeddings: int, embedding_dim: int, *, dtype: torch.dtype, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
-    """The op ``nf4_embedding``; see `tlkernels.ops.nf4_embedding`."""
+    """Run the op ``nf4_embedding``; see `tlkernels.ops.nf4_embedding`."""
     weight = (packed, absmax, code, absmax_scale, absmax_offset)
     blocks = {"block_size": block_size, "absmax_block_size": absmax_block_size}
     sizes = (num_embeddings, embedding_dim)
@@ -423,10 +427,8 @@ def nf4_embedding(
             raise IndexError(f"nf4_embedding: indices has an entry {bad}; expected 0 <= index < {num_embeddings}")
     out = torch.empty((*indices.shape, embedding_dim), dtype=_kernel_dtype(dtype), device=indices.device)
     if out.numel():
-        _decode_rows(
-            indices.reshape(-1), _operands(*weight), out.view(-1, embedding_dim), 0, 0, num_embeddings, embedding_dim,
-            **blocks,
-        )  # fmt: skip
+        flat = indices.reshape(-1).contiguous()
+        _decode_rows(flat, _operands(*weight), out.view(-1, embedding_dim), 0, 0, *sizes, **blocks)
     return out.to(dtype)
 
 
@@ -446,10 +448,11 @@ def _decode_rows(
 
 
 def nf4_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None,
+    absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     bias: Tensor | None, out_features: int, in_features: int, *, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
-    """The op ``nf4_linear``; see `tlkernels.ops.nf4_linear`."""
+    """Run the op ``nf4_linear``; see `tlkernels.ops.nf4_linear`."""
     op = "nf4_linear"
     weight = (packed, absmax, code, absmax_scale, absmax_offset)
     blocks = {"block_size": block_size, "absmax_block_size": absmax_block_size}
@@ -474,10 +477,11 @@ def nf4_linear(
 
 
 def nf4_linear_t(
-    grad_output: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
+    grad_output: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None,
+    absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     out_features: int, in_features: int, *, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
-    """The op ``nf4_linear_t``; see `tlkernels.ops.nf4_linear_t`."""
+    """Run the op ``nf4_linear_t``; see `tlkernels.ops.nf4_linear_t`."""
     op = "nf4_linear_t"
     weight = (packed, absmax, code, absmax_scale, absmax_offset)
     blocks = {"block_size": block_size, "absmax_block_size": absmax_block_size}
@@ -507,7 +511,7 @@ def _product(
     x: Tensor, weight: _Operands, bias: Tensor | None, out_features: int, in_features: int,
     *, transposed: bool, block_size: int, absmax_block_size: int,
 ) -> Tensor:  # fmt: skip
-    """x W^T + bias, or x W when transposed, for checked arguments."""
+    """Return x W^T + bias, or x W when transposed, for checked arguments."""
     width, depth = (in_features, out_features) if transposed else (out_features, in_features)
     rows = math.prod(x.shape[:-1])
     dtype = _kernel_dtype(x.dtype)

@@ -54,7 +54,7 @@ struct Bf16Pairs {
 
 template <class T, int Rows>
 void tile(const typename T::word* a, int64_t a_stride, const typename T::word* b, int64_t words, float* c,
-          int64_t c_stride, bool accumulate) {
+          bool accumulate) {
     Vec acc[Rows][kTileVecs];
     for (int r = 0; r < Rows; ++r)
         for (int v = 0; v < kTileVecs; ++v) acc[r][v] = zero();
@@ -68,33 +68,34 @@ void tile(const typename T::word* a, int64_t a_stride, const typename T::word* b
     }
     for (int r = 0; r < Rows; ++r)
         for (int v = 0; v < kTileVecs; ++v) {
-            float* out = c + r * c_stride + v * Vec::size;
+            float* out = c + r * kTileCols + v * Vec::size;
             store(out, accumulate ? load(out) + acc[r][v] : acc[r][v]);
         }
 }
 
-// C[rows][kTileCols] (+)= A[rows][words] * panel; A's rows are a_stride words apart.
+// C[rows][kTileCols] (+)= A[rows][words] * panel; A's rows are a_stride words apart, C's are contiguous.
 template <class T, int Rows = kTileRows>
 void tile_rows(int64_t rows, const typename T::word* a, int64_t a_stride, const typename T::word* b, int64_t words,
-               float* c, int64_t c_stride, bool accumulate) {
+               float* c, bool accumulate) {
     if constexpr (Rows == 0) {
         return;
     } else if (rows >= Rows) {
-        tile<T, Rows>(a, a_stride, b, words, c, c_stride, accumulate);
+        tile<T, Rows>(a, a_stride, b, words, c, accumulate);
     } else {
-        tile_rows<T, Rows - 1>(rows, a, a_stride, b, words, c, c_stride, accumulate);
+        tile_rows<T, Rows - 1>(rows, a, a_stride, b, words, c, accumulate);
     }
 }
 
-// C[rows][panels * kTileCols] (+)= A[rows][words] * B, with B as `panels` packed panels of [words][kTileCols].
-// Panels outside, so that one stays in L1 while all rows of A, in L2, pass over it.
+// C (+)= A[rows][words] * B, with B as `panels` packed panels of [words][kTileCols], and C as panels of
+// [rows][kTileCols]: a tile of C is contiguous, where rows of a wide matrix would be pages apart.
+// Panels outside, so that one of B stays in L1 while all rows of A, in L2, pass over it.
 template <class T>
 void multiply(int64_t rows, int64_t panels, int64_t words, const typename T::word* a, int64_t a_stride,
-              const typename T::word* b, float* c, int64_t c_stride, bool accumulate) {
+              const typename T::word* b, float* c, bool accumulate) {
     for (int64_t p = 0; p < panels; ++p)
         for (int64_t r = 0; r < rows; r += kTileRows)
             tile_rows<T>(min<int64_t>(kTileRows, rows - r), a + r * a_stride, a_stride, b + p * words * kTileCols, words,
-                         c + r * c_stride + p * kTileCols, c_stride, accumulate);
+                         c + (p * rows + r) * kTileCols, accumulate);
 }
 
 }  // namespace

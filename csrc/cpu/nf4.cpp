@@ -26,10 +26,16 @@ namespace {
 
 struct Weight : Nf4 {
     int shift, absmax_shift;
+    float subnormal_below;  // of absmax: from here on no entry of a block is a subnormal number
     explicit Weight(const Nf4& w)
         : Nf4(w),
           shift(__builtin_ctzll(uint64_t(w.block_size))),
-          absmax_shift(__builtin_ctzll(uint64_t(w.absmax_block_size))) {}
+          absmax_shift(__builtin_ctzll(uint64_t(w.absmax_block_size))) {
+        float least = 1.f;
+        for (int i = 0; i < 16; ++i)
+            if (w.code[i] != 0.f) least = min(least, __builtin_fabsf(w.code[i]));
+        subnormal_below = 0x1p-125f / least;
+    }
 
     // Two roundings, as the format has it (the build forbids contraction into one).
     float scale(int64_t block) const {
@@ -50,7 +56,7 @@ template <>
 struct Decoder<float> {
     __m512 table;
     template <class Rounded>
-    Decoder(const float* code, float absmax, Rounded as) : table(round_to(load(code) * splat(absmax), as).v) {}
+    Decoder(const Weight& w, float absmax, Rounded as) : table(round_to(load(w.code) * splat(absmax), as).v) {}
 
     // 16 bytes -> 32 floats. Interleaving even and odd elements works within 128-bit lanes, so the bytes are first put
     // where each lane finds those of its own two results.
@@ -77,22 +83,24 @@ struct Decoder<float> {
     }
 };
 
-inline __m256i round_table(__m512 x, f16) { return _mm512_cvtps_ph(x, 0); }
-inline __m256i round_table(__m512 x, bf16) {
+// The 16 results, twice: a look-up index has five bits, and the fifth is the neighbour's.
+inline __m512i twice(__m256i table) { return _mm512_broadcast_i64x4(table); }
+inline __m512i table_of(const Weight& w, float absmax, f16) {
+    return twice(_mm512_cvtps_ph(_mm512_mul_ps(_mm512_loadu_ps(w.code), _mm512_set1_ps(absmax)), 0));
+}
+inline __m512i table_of(const Weight& w, float absmax, bf16) {
+    const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(w.code), _mm512_set1_ps(absmax));
 #if defined(__AVX512BF16__)
-    // vcvtneps2bf16 rounds to nearest even but takes subnormal inputs for zero.
-    if (_mm512_fpclass_ps_mask(x, 0x20) == 0) return (__m256i)_mm512_cvtneps_pbh(x);
+    // vcvtne2ps2bf16 rounds to nearest even but takes subnormal numbers for zero.
+    if (absmax >= w.subnormal_below) return (__m512i)_mm512_cvtne2ps_pbh(x, x);
 #endif
-    return round_bf16(x);
+    return twice(round_bf16(x));
 }
 
 template <class Half>
 struct HalfDecoder {
-    __m512i table;  // the 16 results, twice: a look-up index has five bits and the fifth is the neighbour's
-    HalfDecoder(const float* code, float absmax, Half) {
-        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(absmax));
-        table = _mm512_broadcast_i64x4(round_table(x, Half{}));
-    }
+    __m512i table;
+    HalfDecoder(const Weight& w, float absmax, Half as) : table(table_of(w, absmax, as)) {}
     template <bool Stream>
     void run32(const uint8_t* p, Half* out) const {
         const __m128i b = _mm_shuffle_epi32(_mm_loadu_si128((const __m128i*)p), 0xd8);
@@ -138,8 +146,8 @@ template <>
 struct Decoder<float> {
     __m256 low, high;  // results 0..7 and 8..15
     template <class Rounded>
-    Decoder(const float* code, float absmax, Rounded as)
-        : low(round_to(load(code) * splat(absmax), as).v), high(round_to(load(code + 8) * splat(absmax), as).v) {}
+    Decoder(const Weight& w, float absmax, Rounded as)
+        : low(round_to(load(w.code) * splat(absmax), as).v), high(round_to(load(w.code + 8) * splat(absmax), as).v) {}
 
     // A look-up reads three bits of the index; the fourth, shifted into the sign, picks the half.
     __m256 look_up(__m256i index, __m256i fourth) const {
@@ -177,9 +185,9 @@ struct Decoder<float> {
 template <class Half>
 struct HalfDecoder {
     __m256i low, high;
-    HalfDecoder(const float* code, float absmax, Half) {
+    HalfDecoder(const Weight& w, float absmax, Half) {
         Half t[16];
-        for (int i = 0; i < 16; i += 8) store(t + i, load(code + i) * splat(absmax));
+        for (int i = 0; i < 16; i += 8) store(t + i, load(w.code + i) * splat(absmax));
         const __m128i a = _mm_loadu_si128((const __m128i*)t), b = _mm_loadu_si128((const __m128i*)(t + 8));
         const __m128i byte = _mm_set1_epi16(0xff);
         low = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte)));
@@ -223,8 +231,8 @@ template <class Out>
 struct Decoder {
     Out table[16];
     template <class Rounded>
-    Decoder(const float* code, float absmax, Rounded as) {
-        for (int i = 0; i < 16; ++i) convert(round_to(code[i] * absmax, as), table[i]);
+    Decoder(const Weight& w, float absmax, Rounded as) {
+        for (int i = 0; i < 16; ++i) convert(round_to(w.code[i] * absmax, as), table[i]);
     }
     template <bool Stream>
     void run32(const uint8_t* p, Out* out) const {
@@ -253,7 +261,7 @@ void decode(const Weight& w, int64_t begin, int64_t end, Out* out) {
         const float absmax = w.scale(block);
         if (begin & 1) one(begin++, absmax);
         if (stop - begin >= 32) {
-            const Decoder<Out> decoder(w.code, absmax, Rounded{});
+            const Decoder<Out> decoder(w, absmax, Rounded{});
             for (; begin + 64 <= stop; begin += 64, out += 64) decoder.template run64<Stream>(w.packed + begin / 2, out);
             for (; begin + 32 <= stop; begin += 32, out += 32) decoder.template run32<Stream>(w.packed + begin / 2, out);
         }
@@ -358,33 +366,36 @@ struct Encoder {
 
 #if defined(__AVX512F__)
 // The same count by binary search: each step looks the next midpoint up with the bits found so far.
-struct WideEncoder {
+struct WideEncoder : Encoder {
     __m512 m8, m4, m2, m1;
-    __m512i order;
-    explicit WideEncoder(const Encoder& e) {
+    __m512i caller_order;
+    explicit WideEncoder(const float* code) : Encoder(code) {
         float shifted[16] = {};
-        m8 = _mm512_set1_ps(e.midpoint[7]);
+        m8 = _mm512_set1_ps(midpoint[7]);
         const auto table = [&](int step) {
-            for (int i = 0; i + step - 1 < 16; ++i) shifted[i] = e.midpoint[i + step - 1];
+            for (int i = 0; i + step - 1 < 16; ++i) shifted[i] = midpoint[i + step - 1];
             return _mm512_loadu_ps(shifted);
         };
         m4 = table(4), m2 = table(2), m1 = table(1);
-        order = _mm512_loadu_si512(e.order);
+        caller_order = _mm512_loadu_si512(order);
     }
-    __m512i operator()(__m512 v) const {
+    __m512i wide(__m512 v) const {
         __m512i i = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(v, m8, _CMP_NLE_UQ), _mm512_set1_epi32(8));
         const auto step = [&](__m512 table, int bit) {
             const __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_permutexvar_ps(i, table), _CMP_NLE_UQ);
             i = _mm512_mask_or_epi32(i, above, i, _mm512_set1_epi32(bit));
         };
         step(m4, 4), step(m2, 2), step(m1, 1);
-        return _mm512_permutexvar_epi32(i, order);
+        return _mm512_permutexvar_epi32(i, caller_order);
     }
 };
+using BlockEncoder = WideEncoder;
+#else
+using BlockEncoder = Encoder;
 #endif
 
 // The codes of one block, two a byte. A short last block divides where the others multiply by the reciprocal.
-inline void quantize_block(const float* w, int64_t n, bool last_and_short, float absmax, const Encoder& encoder,
+inline void quantize_block(const float* w, int64_t n, bool last_and_short, float absmax, const BlockEncoder& encoder,
                            uint8_t* packed) {
     const float divisor = absmax < kTiny ? kTiny : absmax, reciprocal = 1.f / divisor;
     const bool infinite = absmax == __builtin_inff();
@@ -395,10 +406,9 @@ inline void quantize_block(const float* w, int64_t n, bool last_and_short, float
     int64_t i = 0;
 #if defined(__AVX512F__)
     if (!infinite && !last_and_short) {
-        const WideEncoder encode(encoder);
         const __m512 r = _mm512_set1_ps(reciprocal);
         for (; i + 16 <= n; i += 16) {
-            const __m512i q = encode(_mm512_mul_ps(_mm512_loadu_ps(w + i), r));
+            const __m512i q = encoder.wide(_mm512_mul_ps(_mm512_loadu_ps(w + i), r));
             // a pair is a 64-bit word (even, odd): even << 4 | odd
             const __m512i pair = _mm512_or_epi64(_mm512_slli_epi64(q, 4), _mm512_srli_epi64(q, 32));
             _mm_storel_epi64((__m128i*)(packed + i / 2), _mm512_cvtepi64_epi8(pair));
@@ -428,7 +438,7 @@ inline void quantize_block(const float* w, int64_t n, bool last_and_short, float
 template <class In>
 void quantize(const In* w, int64_t numel, int64_t block_size, const float* code, uint8_t* packed, float* absmax,
               Parallel parallel) {
-    const Encoder encoder(code);
+    const BlockEncoder encoder(code);
     parallel_for(parallel, ceil_div(numel, block_size), ceil_div(16384, block_size), [&](int64_t first, int64_t last) {
         float widened[kMaxBlock];
         for (int64_t b = first; b < last; ++b) {
@@ -564,7 +574,8 @@ struct FewFp32 {
         even = _mm512_permutexvar_ps(_mm512_srli_epi32(d, 4), t);
         odd = _mm512_permutexvar_ps(d, t);
     }
-    static __m512 multiply_add(Half w, const element* x, __m512 acc) { return _mm512_fmadd_ps(w, _mm512_load_ps(x), acc); }
+    static Half load_half(const element* x) { return _mm512_load_ps(x); }
+    static __m512 multiply_add(Half w, Half x, __m512 acc) { return _mm512_fmadd_ps(w, x, acc); }
     static void split(const In* x, element* out) {
         float wide[chunk];
         convert_row(x, chunk, wide);
@@ -573,22 +584,24 @@ struct FewFp32 {
 };
 
 #if defined(__AVX512BF16__)
-// One chunk of W: 64 bfloat16, each the rounded code * absmax.
+// One chunk of W: 64 bfloat16.
 struct FewBf16 {
     using element = bf16;
     static constexpr int chunk = 64;
     using Table = __m512i;
     using Half = __m512i;
     static Table table(__m512 code, float absmax) {
-        return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(code, _mm512_set1_ps(absmax))));
+        const __m512 x = _mm512_mul_ps(code, _mm512_set1_ps(absmax));
+        return (__m512i)_mm512_cvtne2ps_pbh(x, x);  // the products below take subnormal numbers for zero anyway
     }
     static void decode(Table t, const uint8_t* p, Half& even, Half& odd) {
         const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
         even = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), t);
         odd = _mm512_permutexvar_epi16(w, t);
     }
-    static __m512 multiply_add(Half w, const element* x, __m512 acc) {
-        return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_load_si512(x));
+    static Half load_half(const element* x) { return _mm512_load_si512(x); }
+    static __m512 multiply_add(Half w, Half x, __m512 acc) {
+        return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x);
     }
     static void split(const bf16* x, element* out) {
         alignas(64) uint16_t pick[32];
@@ -611,47 +624,78 @@ struct FewArithmetic<bf16> {
 };
 #endif
 
-constexpr int64_t kFewRows = 8;
-constexpr int64_t kFewFeatures = 32;       // output features of a unit of work
-constexpr int64_t kFewBytes = 24 << 10;    // of split x that stay in L1 while those features pass over it
-constexpr int64_t kPrefetch = 4096;        // bytes ahead in the weight stream
+constexpr int64_t kFewTile = 8;           // rows of x that share one pass over W
+constexpr int64_t kFewRows = 24;          // above, decoding W to L2 once costs less than three passes
+constexpr int64_t kFewFeatures = 32;      // output features of a unit of work
+constexpr int64_t kFewBytes = 32 << 10;   // of split x that stay in L1 while those features pass over it
+constexpr int64_t kPrefetch = 4096;       // bytes ahead in the weight stream
 
-// acc[f][m] = sum over chunks [c0, c1) of W[n + f] . x[m], for F features at once so that x is loaded once for them.
+// The sums of 16 vectors, as one vector: a transposition that adds on the way.
+inline __m512 sums(const __m512* a) {
+    __m512 b[8], c[4], d[2];
+    for (int i = 0; i < 8; ++i)
+        b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[i], a[i + 8]), _mm512_unpackhi_ps(a[i], a[i + 8]));
+    for (int i = 0; i < 4; ++i)
+        c[i] = _mm512_add_ps(_mm512_unpacklo_ps(b[i], b[i + 4]), _mm512_unpackhi_ps(b[i], b[i + 4]));
+    for (int i = 0; i < 2; ++i)
+        d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[i], c[i + 2], 0x88), _mm512_shuffle_f32x4(c[i], c[i + 2], 0xdd));
+    const __m512 e = _mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd));
+    // lane j of 128 bits holds (j, j + 8, j + 4, j + 12) of: 0 2 1 3 -> ascending
+    const __m512i ascending = _mm512_setr_epi32(0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15);
+    return _mm512_permutexvar_ps(ascending, e);
+}
+
+// Where the scales of a row of W stand: in place, or decoded to a buffer when double-quantized.
+struct RowScales {
+    const float* at;
+    int64_t offset;  // of the row within its first block
+    RowScales(const Weight& w, int64_t row, int64_t in_features, float* buffer) {
+        const int64_t begin = row * in_features, first = begin >> w.shift;
+        offset = begin & (w.block_size - 1);
+        at = w.absmax != nullptr ? w.absmax + first : buffer;
+        if (w.absmax != nullptr) return;
+        const int64_t count = ((begin + in_features - 1) >> w.shift) - first + 1;
+        for (int64_t b = 0; b < count; ++b) buffer[b] = w.scale(first + b);
+    }
+};
+
+// out[f][m] (+)= sum over chunks [c0, c1) of W[first + f] . x[m], for F features at once: x is loaded once for them.
 template <class T, int M, int F>
-void few_features(const Weight& w, const float* scales, int64_t scale_stride, int64_t first, int64_t in_features,
-                  int64_t c0, int64_t c1, const typename T::element* x, float* out, int64_t out_stride) {
+void few_features(const Weight& w, const RowScales* scales, int64_t first, int64_t in_features, int64_t c0, int64_t c1,
+                  const typename T::element* x, float* out) {
     const __m512 code = _mm512_loadu_ps(w.code);
-    const int64_t blocks_shift = w.shift;
-    __m512 acc[F][M];
-    for (int f = 0; f < F; ++f)
-        for (int m = 0; m < M; ++m) acc[f][m] = _mm512_setzero_ps();
+    const int shift = w.shift;
+    __m512 acc[16 * ceil_div(F * M, 16)];
+    for (__m512& a : acc) a = _mm512_setzero_ps();
     const uint8_t* p[F];
     for (int f = 0; f < F; ++f) p[f] = w.packed + (first + f) * in_features / 2;
     for (int64_t c = c0; c < c1; ++c) {
         const typename T::element* xc = x + c * M * T::chunk;
+        typename T::Half even[F], odd[F];
         for (int f = 0; f < F; ++f) {
-            const int64_t at = (first + f) * in_features;
-            const int64_t scale = ((at + c * T::chunk) >> blocks_shift) - (at >> blocks_shift);
-            typename T::Half even, odd;
-            T::decode(T::table(code, scales[f * scale_stride + scale]), p[f] + c * (T::chunk / 2), even, odd);
-            _mm_prefetch((const char*)p[f] + c * (T::chunk / 2) + kPrefetch, _MM_HINT_T0);
-            for (int m = 0; m < M; ++m) {
-                acc[f][m] = T::multiply_add(even, xc + m * T::chunk, acc[f][m]);
-                acc[f][m] = T::multiply_add(odd, xc + m * T::chunk + T::chunk / 2, acc[f][m]);
-            }
+            const uint8_t* pc = p[f] + c * (T::chunk / 2);
+            T::decode(T::table(code, scales[f].at[(scales[f].offset + c * T::chunk) >> shift]), pc, even[f], odd[f]);
+            _mm_prefetch((const char*)pc + kPrefetch, _MM_HINT_T0);
+        }
+        for (int m = 0; m < M; ++m) {
+            const typename T::Half x_even = T::load_half(xc + m * T::chunk);
+            const typename T::Half x_odd = T::load_half(xc + m * T::chunk + T::chunk / 2);
+            for (int f = 0; f < F; ++f) acc[f * M + m] = T::multiply_add(even[f], x_even, acc[f * M + m]);
+            for (int f = 0; f < F; ++f) acc[f * M + m] = T::multiply_add(odd[f], x_odd, acc[f * M + m]);
         }
     }
-    for (int f = 0; f < F; ++f)
-        for (int m = 0; m < M; ++m) {
-            const float s = _mm512_reduce_add_ps(acc[f][m]);
-            out[f * out_stride + m] = c0 == 0 ? s : out[f * out_stride + m] + s;
-        }
+    for (int i = 0; i < F * M; i += 16) {
+        const __mmask16 valid = __mmask16((1u << min(16, F * M - i)) - 1);
+        __m512 s = sums(acc + i);
+        if (c0 > 0) s = _mm512_add_ps(s, _mm512_maskz_loadu_ps(valid, out + i));
+        _mm512_mask_storeu_ps(out + i, valid, s);
+    }
 }
 
 template <class T, int M, class In>
 void few_rows(const In* x, const Weight& w, const float* bias, int64_t out_features, int64_t in_features, In* y,
               Parallel parallel) {
-    constexpr int F = M <= 1 ? 4 : 2;
+    constexpr int F = M <= 2 ? 4 : 2;
     using element = typename T::element;
     const int64_t chunks = in_features / T::chunk;
     Scratch<element> split(M * in_features);
@@ -659,47 +703,51 @@ void few_rows(const In* x, const Weight& w, const float* bias, int64_t out_featu
         for (int64_t c = 0; c < chunks; ++c) T::split(x + m * in_features + c * T::chunk, split + (c * M + m) * T::chunk);
 
     const int64_t chunk_block = max<int64_t>(1, kFewBytes / int64_t(M * T::chunk * sizeof(element)));
-    const int64_t row_scales = (in_features >> w.shift) + 2;
+    const int64_t row_blocks = (in_features >> w.shift) + 2;
     const int64_t grain = ceil_div(kSmallWork, M * in_features * kFewFeatures);
     parallel_for(parallel, ceil_div(out_features, kFewFeatures), grain, [&](int64_t first, int64_t last) {
-        Scratch<float> scales(F * row_scales);
-        float sums[kFewFeatures][M];
+        Scratch<float> buffer(w.absmax != nullptr ? 0 : kFewFeatures * row_blocks);
+        float out[kFewFeatures][M];
         for (int64_t u = first; u < last; ++u) {
-            const int64_t n0 = u * kFewFeatures, n1 = min(out_features, n0 + kFewFeatures);
+            const int64_t n0 = u * kFewFeatures, count = min(kFewFeatures, out_features - n0);
+            alignas(RowScales) unsigned char storage[kFewFeatures * sizeof(RowScales)];
+            auto* scales = reinterpret_cast<RowScales*>(storage);
+            for (int64_t f = 0; f < count; ++f) scales[f] = RowScales(w, n0 + f, in_features, buffer + f * row_blocks);
             for (int64_t c0 = 0; c0 < chunks; c0 += chunk_block) {
                 const int64_t c1 = min(chunks, c0 + chunk_block);
-                for (int64_t n = n0; n < n1;) {
-                    const auto row = [&](int64_t f) { return (n + f) * in_features >> w.shift; };
-                    const auto fill = [&](int64_t f) {
-                        for (int64_t b = (c0 * T::chunk) >> w.shift; b <= ((c1 * T::chunk - 1) >> w.shift) + 1; ++b)
-                            if (row(f) + b < ceil_div(w.numel, w.block_size)) scales[f * row_scales + b] = w.scale(row(f) + b);
-                    };
-                    if (n + F <= n1) {
-                        for (int f = 0; f < F; ++f) fill(f);
-                        few_features<T, M, F>(w, scales, row_scales, n, in_features, c0, c1, split, sums[n - n0], M);
-                        n += F;
-                    } else {
-                        fill(0);
-                        few_features<T, M, 1>(w, scales, row_scales, n, in_features, c0, c1, split, sums[n - n0], M);
-                        n += 1;
-                    }
-                }
+                int64_t f = 0;
+                for (; f + F <= count; f += F)
+                    few_features<T, M, F>(w, scales + f, n0 + f, in_features, c0, c1, split, out[f]);
+                for (; f < count; ++f) few_features<T, M, 1>(w, scales + f, n0 + f, in_features, c0, c1, split, out[f]);
             }
-            for (int64_t n = n0; n < n1; ++n)
+            for (int64_t f = 0; f < count; ++f)
                 for (int m = 0; m < M; ++m)
-                    convert(sums[n - n0][m] + (bias != nullptr ? bias[n] : 0.f), y[m * out_features + n]);
+                    convert(out[f][m] + (bias != nullptr ? bias[n0 + f] : 0.f), y[m * out_features + n0 + f]);
         }
     });
 }
 
-template <class T, class In, int M = kFewRows>
-void few(const In* x, const Weight& w, const float* bias, int64_t rows, int64_t out_features, int64_t in_features, In* y,
-         Parallel parallel) {
+template <class T, class In, int M = kFewTile>
+void few_tile(const In* x, const Weight& w, const float* bias, int64_t rows, int64_t out_features, int64_t in_features,
+              In* y, Parallel parallel) {
     if constexpr (M > 0) {
         if (rows == M)
             few_rows<T, M>(x, w, bias, out_features, in_features, y, parallel);
         else
-            few<T, In, M - 1>(x, w, bias, rows, out_features, in_features, y, parallel);
+            few_tile<T, In, M - 1>(x, w, bias, rows, out_features, in_features, y, parallel);
+    }
+}
+
+// Passes over W, each with as many rows of x as the next.
+template <class In>
+void few(const In* x, const Weight& w, const float* bias, int64_t rows, int64_t out_features, int64_t in_features, In* y,
+         Parallel parallel) {
+    const int64_t passes = ceil_div(rows, kFewTile);
+    for (int64_t i = 0, m = 0; i < passes; ++i) {
+        const int64_t count = ceil_div(rows - m, passes - i);
+        few_tile<typename FewArithmetic<In>::type>(x + m * in_features, w, bias, count, out_features, in_features,
+                                                   y + m * out_features, parallel);
+        m += count;
     }
 }
 
@@ -742,7 +790,8 @@ void dot_rows(const In* x, const Weight& w, const float* bias, int64_t rows, int
 
 // ---- linear: more rows, panels of W decoded to L2 ---------------------------------------------------------------------
 
-constexpr int64_t kFeatureBlock = 4 * kTileRows;  // output features of a unit of work
+constexpr int64_t kFeatureBlock = 4 * kTileRows;  // output features of a unit of work, at the most
+constexpr int64_t kDecodedBytes = 384 << 10;      // of decoded rows of W that stay in L2
 
 template <class T, class In>
 void panel_rows(const In* x, const Weight& w, const float* bias, int64_t rows, int64_t out_features, int64_t in_features,
@@ -751,6 +800,11 @@ void panel_rows(const In* x, const Weight& w, const float* bias, int64_t rows, i
     constexpr int64_t step = kDepth * T::per_word;  // elements along k of a panel
     const int64_t words = ceil_div(in_features, T::per_word);
     const int64_t block = row_block(rows, in_features, sizeof(word), T::per_word);
+    // Whole rows of W are decoded, front to back: shorter runs, far apart, would wait for memory at each run's start.
+    // The rows' stride is not a multiple of the page, so that a tile's rows do not share cache sets.
+    const int64_t stride = round_up(words, 16) + 16;
+    const int64_t fit = kDecodedBytes / int64_t(stride * sizeof(word)) / kTileRows * kTileRows;
+    const int64_t feature_block = max<int64_t>(kTileRows, min(kFeatureBlock, fit));
     Scratch<word> packed(block * words);
 
     for (int64_t m0 = 0; m0 < rows; m0 += block) {
@@ -773,26 +827,23 @@ void panel_rows(const In* x, const Weight& w, const float* bias, int64_t rows, i
                 }
             }
         });
-        parallel_for(parallel, ceil_div(out_features, kFeatureBlock), 1, [&](int64_t first, int64_t last) {
+        parallel_for(parallel, ceil_div(out_features, feature_block), 1, [&](int64_t first, int64_t last) {
             const int64_t width = panels * kTileCols;
-            Scratch<word> decoded(kFeatureBlock * kDepth);
-            Scratch<float> c(kFeatureBlock * width), lines(kTileCols * kFeatureBlock);
+            Scratch<word> decoded(feature_block * stride);
+            Scratch<float> c(feature_block * width), lines(kTileCols * feature_block);
             for (int64_t u = first; u < last; ++u) {
-                const int64_t n0 = u * kFeatureBlock, features = min(kFeatureBlock, out_features - n0);
-                for (int64_t k = 0; k < in_features; k += step) {
-                    const int64_t n = min(step, in_features - k), depth = ceil_div(n, T::per_word);
-                    for (int64_t f = 0; f < features; ++f) {
-                        auto* row = reinterpret_cast<typename T::element*>(decoded + f * kDepth);
-                        const int64_t at = (n0 + f) * in_features + k;
-                        decode<In>(w, at, at + n, row);
-                        if (n % T::per_word) row[n] = {};
-                    }
-                    multiply<T>(features, panels, depth, decoded, kDepth, packed + k / T::per_word * width, c, width, k > 0);
+                const int64_t n0 = u * feature_block, features = min(feature_block, out_features - n0);
+                for (int64_t f = 0; f < features; ++f) {
+                    auto* row = reinterpret_cast<typename T::element*>(decoded + f * stride);
+                    decode<In>(w, (n0 + f) * in_features, (n0 + f + 1) * in_features, row);
+                    if (in_features % T::per_word) row[in_features] = {};
                 }
+                for (int64_t k = 0; k < words; k += kDepth)
+                    multiply<T>(features, panels, min(kDepth, words - k), decoded + k, stride, packed + k * width, c, k > 0);
                 for (int64_t p = 0; p < panels; ++p) {
-                    transpose(c + p * kTileCols, features, kTileCols, width, lines.data, kFeatureBlock);
+                    transpose(c + p * features * kTileCols, features, kTileCols, kTileCols, lines.data, feature_block);
                     for (int64_t r = 0; r < min<int64_t>(kTileCols, count - p * kTileCols); ++r) {
-                        float* line = lines + r * kFeatureBlock;
+                        float* line = lines + r * feature_block;
                         if (bias != nullptr)
                             for (int64_t f = 0; f < features; ++f) line[f] += bias[n0 + f];
                         convert_row(line, features, y + (m0 + p * kTileCols + r) * out_features + n0);
@@ -812,7 +863,7 @@ void linear(const In* x, const Weight& w, const float* bias, int64_t rows, int64
     }
 #if defined(__AVX512F__)
     if (rows <= kFewRows && in_features % 64 == 0 && w.block_size >= 64)
-        return few<typename FewArithmetic<In>::type>(x, w, bias, rows, out_features, in_features, y, parallel);
+        return few(x, w, bias, rows, out_features, in_features, y, parallel);
 #endif
     if (rows <= kDotRows) return dot_rows(x, w, bias, rows, out_features, in_features, y, parallel);
     panel_rows<typename Arithmetic<In>::type>(x, w, bias, rows, out_features, in_features, y, parallel);
@@ -845,15 +896,19 @@ inline void interleave(const bf16* row0, const bf16* row1, int64_t n, uint32_t* 
     for (int64_t k = 0; k < n; ++k) out[k] = uint32_t(row0[k].bits) | uint32_t(row1[k].bits) << 16;
 }
 
+constexpr int64_t kStepWords = 128;  // along the output features, decoded at a time
+constexpr int64_t kMaxColumns = 512;  // input features of a unit of work: decoded W and the sums stay in L2 together
+
 template <class T, class In>
 void panel_columns(const In* g, const Weight& w, int64_t rows, int64_t out_features, int64_t in_features, In* gx,
                    Parallel parallel) {
     using word = typename T::word;
     using element = typename T::element;
-    constexpr int64_t step = kDepth * T::per_word;  // output features of a panel: the sum runs over them
-    const int64_t columns = in_features < 2048 ? 2 * kTileCols : 4 * kTileCols;  // input features of a unit of work
+    constexpr int64_t step = kStepWords * T::per_word;
+    // Wide enough that a run of a row is several cache lines, narrow enough to make work for several threads.
+    const int64_t columns = min(kMaxColumns, max<int64_t>(2 * kTileCols, round_up(in_features / 8, kTileCols)));
     const int64_t words = ceil_div(out_features, T::per_word);
-    const int64_t block = row_block(rows, out_features, sizeof(word), T::per_word);
+    const int64_t block = min(row_block(rows, out_features, sizeof(word), T::per_word), rows);
     Scratch<word> packed(block * words);
 
     for (int64_t m0 = 0; m0 < rows; m0 += block) {
@@ -867,31 +922,33 @@ void panel_columns(const In* g, const Weight& w, int64_t rows, int64_t out_featu
             }
         });
         parallel_for(parallel, ceil_div(in_features, columns), 1, [&](int64_t first, int64_t last) {
-            Scratch<word> decoded(kDepth * columns);
+            Scratch<word> decoded(kStepWords * columns);
             Scratch<float> c(count * columns);
-            Scratch<element> pair(2 * columns);
+            Scratch<element> line(T::per_word * columns);
             for (int64_t u = first; u < last; ++u) {
                 const int64_t k0 = u * columns, width = min(columns, in_features - k0);
                 const int64_t panels = ceil_div(width, kTileCols);
-                memset(pair.data, 0, size_t(2 * columns) * sizeof(element));
+                memset(line.data, 0, size_t(T::per_word * columns) * sizeof(element));
                 for (int64_t n = 0; n < out_features; n += step) {
                     const int64_t features = min(step, out_features - n), depth = ceil_div(features, T::per_word);
                     for (int64_t d = 0; d < depth; ++d) {
                         for (int64_t i = 0; i < T::per_word; ++i) {
                             const int64_t feature = n + d * T::per_word + i, at = feature * in_features + k0;
                             if (feature < out_features)
-                                decode<In>(w, at, at + width, pair + i * columns);
+                                decode<In>(w, at, at + width, line + i * columns);
                             else
-                                memset(pair + i * columns, 0, size_t(columns) * sizeof(element));
+                                memset(line + i * columns, 0, size_t(columns) * sizeof(element));
                         }
                         for (int64_t p = 0; p < panels; ++p)
-                            interleave(pair + p * kTileCols, pair + columns + p * kTileCols, kTileCols,
+                            interleave(line + p * kTileCols, line + (T::per_word - 1) * columns + p * kTileCols, kTileCols,
                                        decoded + (p * depth + d) * kTileCols);
                     }
-                    multiply<T>(count, panels, depth, packed + n / T::per_word * count, depth, decoded, c, columns, n > 0);
+                    multiply<T>(count, panels, depth, packed + n / T::per_word * count, depth, decoded, c, n > 0);
                 }
                 for (int64_t m = 0; m < count; ++m)
-                    convert_row(c + m * columns, width, gx + (m0 + m) * in_features + k0);
+                    for (int64_t p = 0; p < panels; ++p)
+                        convert_row(c + (p * count + m) * kTileCols, min<int64_t>(kTileCols, width - p * kTileCols),
+                                    gx + (m0 + m) * in_features + k0 + p * kTileCols);
             }
         });
     }

@@ -18,13 +18,13 @@
 // Nested scales are decoded where they are read. Embedding is the same, row by row.
 //
 // Linear, up to 16 rows, 16-bit x. Bytes: 0.5 a weight, plus scales: 33 MB for 14336 x 4096 with blocks of 64,
-// floor 6.9 us (29.8 MB and 6.2 us nested). To stay near it a multiprocessor must take 30 weights a cycle, 4 issue
+// floor 6.9 us (30 MB and 6.3 us nested). To stay near it a multiprocessor must take 30 weights a cycle, 4 issue
 // slots each, so:
 // - decode by byte: one shared look-up gives two codes as a 16-bit pair, ready as an mma operand. The table
 //   (256 pairs) is there 32 times, once per bank: no conflicts. Shift, mask, look-up: 1.5 instructions a weight.
 // - the products run on the tensor cores (mma.sync m16n8k16, float32 sums): 16 features x 16 k by 8 rows of x, two of
 //   these for 9 to 16 rows. Rows that are not there cost nothing that is scarce.
-// - the codes stay unscaled (the table is rounded to x's dtype: relative error 1e-3 in bfloat16, 1.5e-4 in float16);
+// - the codes stay unscaled (the table is rounded to x's dtype: relative error 0.8e-3 in bfloat16, 0.8e-4 in float16);
 //   the float32 scale multiplies the sum of each group of 64. A group never crosses a block: in_features is a multiple
 //   of 64, blocks are too.
 // - one persistent thread block of 16 warps a multiprocessor. x lies in shared memory, converted by nobody: it is
@@ -42,6 +42,7 @@
 #include <algorithm>
 
 #include "cuda/nf4.h"
+#include "cuda/nf4_cut.h"
 #include "cuda/nf4_device.cuh"
 
 namespace tlk::cuda {
@@ -71,8 +72,6 @@ int multiprocessors() {
 int persistent_grid(int64_t work) {
     return static_cast<int>(std::clamp<int64_t>(work, 1, static_cast<int64_t>(multiprocessors()) * kBlocksPerSm));
 }
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The tables that decoding reads, in shared memory.
 struct DecodeTables {
@@ -208,45 +207,31 @@ struct NibbleTarget {
     const float* code;
 
     struct Shared {
-        float code[16], sorted[16], midpoints[15];
-        uint8_t order[16];
-    };
-    struct Registers {
-        float quarter, half, three_quarters;  // midpoints 3, 7 and 11: the first two levels of the bisection
-        bool ascending;
+        float code[16], sorted[16];
+        NibbleTable table;
     };
 
-    __device__ Registers begin(Shared& s) const {
+    __device__ NibbleLevels begin(Shared& s) const {
         const int i = threadIdx.x;
         if (i < 16) s.code[i] = code ? code[i] : nf4_value(i);
         __syncthreads();
         if (i < 16) {
             const int rank = rank_of(s.code, i);
             s.sorted[rank] = s.code[i];
-            s.order[rank] = static_cast<uint8_t>(i);
+            s.table.order[rank] = static_cast<uint8_t>(i);
         }
         __syncthreads();
-        if (i < 15) s.midpoints[i] = midpoint(s.sorted[i], s.sorted[i + 1]);
+        if (i < 15) s.table.midpoints[i] = midpoint(s.sorted[i], s.sorted[i + 1]);
         __syncthreads();
-        bool ascending = true;
-        for (int j = 0; j < 16; ++j) ascending &= s.order[j] == j;
-        return {s.midpoints[3], s.midpoints[7], s.midpoints[11], ascending};
-    }
-
-    __device__ static uint32_t encode(const Shared& s, const Registers& r, float v) {
-        const bool upper = !(v <= r.half);
-        const bool second = !(v <= (upper ? r.three_quarters : r.quarter));
-        const int index = 8 * upper + 4 * second;
-        const uint32_t rank = index + count_below<4>(v, s.midpoints + index);
-        return r.ascending ? rank : s.order[rank];
+        return NibbleLevels(s.table);
     }
 
     // An odd tensor's last byte has a spare nibble: v is 0 there.
-    __device__ void store(const Shared& s, const Registers& r, int64_t e, int64_t numel,
+    __device__ void store(const Shared& s, const NibbleLevels& levels, int64_t e, int64_t numel,
                           const float (&v)[kChunk]) const {
         uint32_t word = 0;
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) word |= encode(s, r, v[i]) << (4 * (i ^ 1));
+        for (int i = 0; i < kChunk; ++i) word |= levels.encode(s.table, v[i]) << (4 * (i ^ 1));
         if (e + kChunk <= numel) {
             *reinterpret_cast<uint32_t*>(packed + e / 2) = word;
         } else {
@@ -261,9 +246,9 @@ struct ByteTarget {
     struct Shared {
         float code[256], midpoints[255];
     };
-    struct Registers {};
+    struct Nothing {};
 
-    __device__ Registers begin(Shared& s) const {
+    __device__ Nothing begin(Shared& s) const {
         const int i = threadIdx.x;
         static_assert(kThreads == 256);
         s.code[i] = dynamic_value(i);
@@ -273,7 +258,7 @@ struct ByteTarget {
         return {};
     }
 
-    __device__ void store(const Shared& s, const Registers&, int64_t e, int64_t numel, const float (&v)[kChunk]) const {
+    __device__ void store(const Shared& s, Nothing, int64_t e, int64_t numel, const float (&v)[kChunk]) const {
         uint32_t word[2] = {};
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) word[i / 4] |= count_below<256>(v[i], s.midpoints) << (8 * (i % 4));
@@ -519,15 +504,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- linear for few rows: tensor cores ------------------------------------------------------------------------------
 
-constexpr int kWarps = 16;  // a thread block of 512 threads: 128 registers each
-constexpr int kStrip = 16;  // output features of a warp: the m of mma
-constexpr int kGroup = 64;  // k that shares one scale; 16 k, 8 bytes of codes, a lane
-constexpr int kGroups = 4;  // groups a batch: lane t of a quad fetches the scale of group t
-constexpr int kBatch = kGroup * kGroups;
-constexpr int kPairTable = 256 * 32;  // words: 32 KB
-constexpr int kPadding = 8;           // elements between rows of x in shared memory: 16 bytes shift the banks
-constexpr int kSumStride = 20;        // floats between rows of partial sums: 2 x 20 t mod 32 = 8 t, no conflicts
-
 template <class T>
 struct LinearArguments {
     const T* x;
@@ -686,12 +662,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) linear_mma_kernel(const Linear
         if (threadIdx.x < 256) dynamic[threadIdx.x] = dynamic_value(threadIdx.x);
     }
     __syncthreads();
-    // The table in T holds code / 2^e with its largest entry in [1, 2), so that any code fits float16.
+    // The table in T holds code / 2^e, its largest entry in [1, 2), so that any code fits float16; times a factor.
     float largest = 0.0f;
 #pragma unroll 1
     for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(code[i]));
     const int exponent = largest > 0.0f ? min(max(ilogbf(largest), -126), 126) : 0;
-    const float unscale = scalbnf(1.0f, exponent), rescale = scalbnf(1.0f, -exponent);
+    const float rescale = scalbnf(code_factor<T>(), -exponent), unscale = scalbnf(1.0f / code_factor<T>(), exponent);
 #pragma unroll 1
     for (int i = threadIdx.x; i < kPairTable; i += kWarps * 32) {
         const int byte = i / 32;
@@ -704,17 +680,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) linear_mma_kernel(const Linear
     const uint32_t lane4 = lane * 4;
     float total[kTiles][4] = {};
 
-    // One batch: 4 groups of 4 mma steps; every group's registers are filled again for the batch after next.
-    const auto multiply = [&](Batch<kNested>& b, int batch_k) {
-        float scale[2], factor[2];
-        bool finite = true;
+    // One batch: 4 groups of 4 mma steps; every group's registers are filled again for the batch after next. `kSpoiled`
+    // means that a lane of the warp has a scale that is infinite or NaN.
+    const auto multiply_groups = [&]<bool kSpoiled>(Batch<kNested>& b, int batch_k, const float (&scale)[2]) {
+        float factor[2];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            scale[h] = kNested ? nested_scale(dynamic[b.nested[h]], b.scale[h], offset) : b.scale[h];
-            factor[h] = isfinite(scale[h]) ? scale[h] * unscale : 1.0f;
-            finite = finite && isfinite(scale[h]);
-        }
-        const bool all_finite = __all_sync(kFullWarp, finite);
+        for (int h = 0; h < 2; ++h) factor[h] = !kSpoiled || isfinite(scale[h]) ? scale[h] * unscale : 1.0f;
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
             const int k = batch_k + group * kGroup;
@@ -723,8 +694,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) linear_mma_kernel(const Linear
                 continue;
             }
             const int source_lane = (lane & 28) | group;
-            uint32_t spoiler[2] = {};  // the scales that are infinite or NaN, else 1, as pairs
-            if (!all_finite) {
+            [[maybe_unused]] uint32_t spoiler[2];  // the scales that are infinite or NaN, else 1, as pairs
+            if constexpr (kSpoiled) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const float s = __shfl_sync(kFullWarp, scale[h], source_lane);
@@ -751,10 +722,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) linear_mma_kernel(const Linear
                     const int byte = 2 * step + i / 2;
                     const uint32_t word = byte < 4 ? of_feature.x : of_feature.y;
                     a[i] = *reinterpret_cast<const uint32_t*>(pairs + pair_offset(word, byte % 4, lane4));
-                }
-                if (!all_finite) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) a[i] = times_pair<T>(a[i], spoiler[i % 2]);
+                    if constexpr (kSpoiled) a[i] = times_pair<T>(a[i], spoiler[i % 2]);
                 }
 #pragma unroll
                 for (int tile = 0; tile < kTiles; ++tile) {
@@ -771,6 +739,18 @@ __global__ void __launch_bounds__(kWarps * 32, 1) linear_mma_kernel(const Linear
                     total[tile][2 * h + 1] = fmaf(of_group, sum[tile][2 * h + 1], total[tile][2 * h + 1]);
                 }
             }
+        }
+    };
+    const auto multiply = [&](Batch<kNested>& b, int batch_k) {
+        float scale[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            scale[h] = kNested ? nested_scale(dynamic[b.nested[h]], b.scale[h], offset) : b.scale[h];
+        }
+        if (__all_sync(kFullWarp, isfinite(scale[0]) && isfinite(scale[1]))) {
+            multiply_groups.template operator()<false>(b, batch_k, scale);
+        } else {
+            multiply_groups.template operator()<true>(b, batch_k, scale);
         }
         fetch_scales(b);
     };
@@ -832,12 +812,6 @@ __global__ void __launch_bounds__(kThreads)
         if (bias.data) s += load_float(bias.data, bias.dtype, i % out_features);
         y[i] = round_to<T>(s);
     }
-}
-
-size_t linear_shared_bytes(int64_t rows, int64_t split_k) {
-    const int64_t tiles = rows > 8 ? 2 : 1;
-    return static_cast<size_t>(4 * (kPairTable + 256 + kWarps * tiles * 8 * kSumStride) +
-                               2 * rows * (split_k + kPadding));
 }
 
 template <class T, int kTiles, bool kNested>
@@ -941,39 +915,6 @@ cudaError_t nf4_embedding(const void* indices, bool int64_indices, int64_t n, co
             launch(static_cast<const int32_t*>(indices));
         }
     });
-}
-
-LinearPlan nf4_linear_cut(int64_t rows, int64_t out_features, int64_t in_features, int multiprocessors,
-                          size_t shared_bytes_available) {
-    // A batch of a warp is the unit of time. A second kernel, for slices of k, costs about two.
-    constexpr int64_t kSecondKernel = 2;
-    const int64_t batches = ceil_div(in_features, kBatch), strips = ceil_div(out_features, kStrip);
-    LinearPlan best{};
-    int64_t best_cost = INT64_MAX;
-    int64_t splits = 1;
-    const auto fits = [&](int64_t per_split) {
-        return linear_shared_bytes(rows, per_split * kBatch) <= shared_bytes_available;
-    };
-    while (splits < batches && !fits(ceil_div(batches, splits))) ++splits;
-    for (int64_t tried = 0; tried < 8 && splits <= batches; ++tried, ++splits) {
-        const int64_t per_split = ceil_div(batches, splits), used = ceil_div(batches, per_split);
-        const int64_t ctas = std::max<int64_t>(1, multiprocessors / used);
-        for (int shift = 4; shift >= 0; --shift) {
-            const int64_t strip_sets = ceil_div(strips, kWarps >> shift);
-            const int64_t cost =
-                ceil_div(strip_sets, ctas) * ceil_div(per_split, int64_t{1} << shift) + (used > 1 ? kSecondKernel : 0);
-            if (cost >= best_cost) continue;
-            best_cost = cost;
-            best.tensor_cores = true;
-            best.k_warps_shift = shift;
-            best.ctas = static_cast<int>(std::min(ctas, strip_sets));
-            best.splits = static_cast<int>(used);
-            best.split_k = per_split * kBatch;
-            best.shared_bytes = linear_shared_bytes(rows, best.split_k);
-            best.workspace_floats = used > 1 ? static_cast<size_t>(used * rows * out_features) : 0;
-        }
-    }
-    return best;
 }
 
 cudaError_t nf4_linear_plan(const void* x, Dtype dtype, const Nf4& w, int64_t rows, int64_t out_features,

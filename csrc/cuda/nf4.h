@@ -35,8 +35,8 @@ struct Bias {
     Dtype dtype;
 };
 
-// packed[ceil(numel / 2)] (aligned to 4 bytes), absmax[ceil(numel >> block_shift)] from w[numel]; code has 16 entries in any order, or is
-// null.
+// packed[ceil(numel / 2)] (aligned to 4 bytes), absmax[ceil(numel >> block_shift)] from w[numel]; code has 16 entries
+// in any order, or is null.
 cudaError_t nf4_quantize(const void* w, Dtype dtype, int64_t numel, int block_shift, const float* code, uint8_t* packed,
                          float* absmax, cudaStream_t stream);
 
@@ -62,7 +62,7 @@ cudaError_t nf4_embedding(const void* indices, bool int64_indices, int64_t n, co
 // More rows than this are the business of another kernel.
 constexpr int64_t kFewRows = 16;
 
-// How nf4_linear cuts one problem; see nf4.cu.
+// How nf4_linear cuts one problem; see nf4_cut.h.
 struct LinearPlan {
     bool tensor_cores;
     int k_warps_shift;  // log2 of the warps that share one strip's sum over k
@@ -80,10 +80,5 @@ cudaError_t nf4_linear_plan(const void* x, Dtype dtype, const Nf4& w, int64_t ro
 // y[rows, out_features] = x W^T + bias by that plan; x and y contiguous.
 cudaError_t nf4_linear(const LinearPlan& plan, const void* x, Dtype dtype, const Nf4& w, Bias bias, int64_t rows,
                        int64_t out_features, int64_t in_features, float* workspace, void* y, cudaStream_t stream);
-
-// The cut that nf4_linear_plan makes for the tensor-core kernel on a device of that size; a function of its own so that
-// it can be checked on any machine.
-LinearPlan nf4_linear_cut(int64_t rows, int64_t out_features, int64_t in_features, int multiprocessors,
-                          size_t shared_bytes_available);
 
 }  // namespace tlk::cuda

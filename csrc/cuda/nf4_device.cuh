@@ -92,6 +92,31 @@ __host__ __device__ inline int count_below(float v, const float* midpoints) {
     return index;
 }
 
+// What encoding to 4 bits reads: the midpoints of the code in ascending order, and where each entry stood.
+struct NibbleTable {
+    float midpoints[15];
+    uint8_t order[16];
+};
+
+// The part of it that is worth a thread's registers: the first two levels of the bisection.
+struct NibbleLevels {
+    float quarter, half, three_quarters;
+    bool ascending;  // the code was in order
+
+    __host__ __device__ explicit NibbleLevels(const NibbleTable& table)
+        : quarter(table.midpoints[3]), half(table.midpoints[7]), three_quarters(table.midpoints[11]), ascending(true) {
+        for (int i = 0; i < 16; ++i) ascending = ascending && table.order[i] == i;
+    }
+
+    __host__ __device__ uint32_t encode(const NibbleTable& table, float v) const {
+        const bool upper = !(v <= half);
+        const bool second = !(v <= (upper ? three_quarters : quarter));
+        const int index = 8 * upper + 4 * second;
+        const uint32_t rank = index + count_below<4>(v, table.midpoints + index);
+        return ascending ? rank : table.order[rank];
+    }
+};
+
 // One block's divisor. Below 1e-38 the reciprocal would overflow; NaN stays NaN.
 struct Normalizer {
     float divisor;
@@ -133,6 +158,14 @@ __host__ __device__ inline T round_to(float v) {
 }
 
 // ---- the pair table of the tensor-core product ----------------------------------------------------------------------
+
+// What the codes are multiplied by before they are rounded to 16 bits; the scales are divided by it. Found by search
+// over [1, 2): with it NF4's 16 values, weighted as they occur in normal weights, lose 0.78e-3 instead of 1.36e-3 to
+// bfloat16 and 0.80e-4 instead of 1.84e-4 to float16 (relative, root mean square).
+template <class T>
+__host__ __device__ constexpr float code_factor() {
+    return std::is_same_v<T, __half> ? 1.3662f : 1.4367f;
+}
 
 // One packed byte indexes 256 pairs of 16-bit codes. Every lane has its own copy, one bank each, so that 32 different
 // look-ups never meet: entry `byte` of lane `lane` lies at byte * 128 + lane * 4. This is the offset for byte

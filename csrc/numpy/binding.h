@@ -45,13 +45,15 @@ inline const Kernels& table(const std::optional<std::string>& level) {
 // `object` as a C-contiguous array of one of NumPy's type numbers. Two-byte unsigned integers carry bfloat16.
 inline py::array contiguous(const char* op, const char* name, const py::object& object, int type, const char* want) {
     if (!py::isinstance<py::array>(object)) {
-        throw py::type_error(sentence(op, ": ", name, " is a ", std::string(py::str(py::type::of(object).attr("__name__"))),
+        throw py::type_error(sentence(op, ": ", name, " is a ",
+                                      std::string(py::str(py::type::of(object).attr("__name__"))),
                                       "; expected a NumPy array of ", want));
     }
     auto array = py::reinterpret_borrow<py::array>(object);
     const char order = array.dtype().byteorder();
     if (array.dtype().num() != type || (order != '=' && order != '|')) {
-        throw py::type_error(sentence(op, ": ", name, " has dtype ", std::string(py::str(array.dtype())), "; expected ", want));
+        throw py::type_error(
+            sentence(op, ": ", name, " has dtype ", std::string(py::str(array.dtype())), "; expected ", want));
     }
     if ((array.flags() & py::array::c_style) == 0) {
         throw py::value_error(sentence(op, ": ", name, " is not contiguous; expected a C-contiguous array"));

@@ -52,7 +52,8 @@ double roofline_copy(const py::object& out_object, const py::object& object, int
     const py::array data = contiguous(op, "data", object, kUint8, "uint8");
     check_repeats(op, repeats);
     if (out.nbytes() != data.nbytes()) {
-        throw py::value_error(sentence(op, ": out has ", out.nbytes(), " bytes; expected ", data.nbytes(), ", like data"));
+        throw py::value_error(
+            sentence(op, ": out has ", out.nbytes(), " bytes; expected ", data.nbytes(), ", like data"));
     }
     if (!out.writeable()) throw py::value_error(sentence(op, ": out is read-only; expected a writable array"));
     void* to = out.mutable_data();

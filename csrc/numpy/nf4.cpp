@@ -34,27 +34,34 @@ py::dtype numpy_dtype(const Type& type) { return py::dtype(type.numpy); }
 
 void check_block_size(const char* op, const char* name, int64_t block_size) {
     if (block_size < 32 || block_size > 4096 || (block_size & (block_size - 1)) != 0) {
-        throw py::value_error(sentence(op, ": ", name, " is ", block_size, "; expected a power of two from 32 to 4096"));
+        throw py::value_error(
+            sentence(op, ": ", name, " is ", block_size, "; expected a power of two from 32 to 4096"));
     }
 }
 
 int64_t ceil_div(int64_t n, int64_t d) { return n / d + (n % d != 0); }
 
+constexpr int64_t kTooMany = int64_t{1} << 62;
+
+void check_size(const char* op, const char* name, int64_t size) {
+    if (size < 0) throw py::value_error(sentence(op, ": ", name, " is ", size, "; expected >= 0"));
+}
+
 int64_t product(const char* op, const char* first_name, int64_t first, const char* second_name, int64_t second) {
+    check_size(op, first_name, first);
+    check_size(op, second_name, second);
     int64_t result = 0;
-    if (first < 0) throw py::value_error(sentence(op, ": ", first_name, " is ", first, "; expected >= 0"));
-    if (second < 0) throw py::value_error(sentence(op, ": ", second_name, " is ", second, "; expected >= 0"));
-    if (__builtin_mul_overflow(first, second, &result) || result >= int64_t{1} << 62) {
-        throw py::value_error(
-            sentence(op, ": ", first_name, " * ", second_name, " is ", first, " * ", second, "; expected less than 2**62"));
+    if (__builtin_mul_overflow(first, second, &result) || result >= kTooMany) {
+        throw py::value_error(sentence(op, ": ", first_name, " * ", second_name, " is ", first, " * ", second,
+                                       "; expected less than 2**62"));
     }
     return result;
 }
 
 void check_length(const char* op, const char* name, const py::array& array, int64_t want, const std::string& why) {
     if (array.ndim() == 1 && array.size() == want) return;
-    throw py::value_error(sentence(op, ": ", name, " has shape ", std::string(py::str(array.attr("shape"))), "; expected (",
-                                   want, ",)", why));
+    throw py::value_error(sentence(op, ": ", name, " has shape ", std::string(py::str(array.attr("shape"))),
+                                   "; expected (", want, ",)", why));
 }
 
 std::string in_blocks(int64_t n, const char* what, int64_t block_size) {
@@ -75,7 +82,8 @@ struct Code {
         std::memcpy(values, array.data(), sizeof values);
         for (float value : values) {
             if (!std::isfinite(value)) {
-                throw py::value_error(sentence(op, ": code has entries that are not finite; expected 16 finite values"));
+                throw py::value_error(
+                    sentence(op, ": code has entries that are not finite; expected 16 finite values"));
             }
         }
     }
@@ -99,7 +107,7 @@ struct Nested {
 
 // A weight whose parts fit together; keeps them alive.
 class Weight {
-public:
+  public:
     Nf4 nf4{};
 
     Weight(const char* op, const py::object& packed, const py::object& absmax, const py::object& code,
@@ -110,11 +118,11 @@ public:
         check_block_size(op, "absmax_block_size", absmax_block_size);
         packed_ = contiguous(op, "packed", packed, kUint8, "uint8");
         if (packed_.size() != numel / 2 + numel % 2) {
-            throw py::value_error(sentence(op, ": packed holds ", packed_.size(), " bytes; expected ", numel / 2 + numel % 2,
-                                           " for ", numel, " elements of 4 bits"));
+            throw py::value_error(sentence(op, ": packed holds ", packed_.size(), " bytes; expected ",
+                                           numel / 2 + numel % 2, " for ", numel, " elements of 4 bits"));
         }
-        const bool nested = py::isinstance<py::array>(absmax) &&
-                            py::reinterpret_borrow<py::array>(absmax).dtype().num() == kUint8;
+        const bool nested =
+            py::isinstance<py::array>(absmax) && py::reinterpret_borrow<py::array>(absmax).dtype().num() == kUint8;
         absmax_ = contiguous(op, "absmax", absmax, nested ? kUint8 : kFloat32, "float32, or uint8 (double-quantized)");
         const int64_t blocks = ceil_div(numel, block_size);
         check_length(op, "absmax", absmax_, blocks, in_blocks(numel, "elements", block_size));
@@ -129,8 +137,8 @@ public:
                .code = code_.values};
         if (!nested) {
             if (!absmax_scale.is_none() || !absmax_offset.is_none()) {
-                throw py::type_error(sentence(
-                    op, ": absmax_scale and absmax_offset go with a uint8 absmax; absmax has dtype float32"));
+                throw py::type_error(
+                    sentence(op, ": absmax_scale and absmax_offset go with a uint8 absmax; absmax has dtype float32"));
             }
             nf4.absmax = static_cast<const float*>(absmax_.data());
             return;
@@ -148,7 +156,7 @@ public:
     Weight(const Weight&) = delete;
     Weight& operator=(const Weight&) = delete;
 
-private:
+  private:
     Code code_;
     py::array packed_, absmax_;
     std::optional<Nested> nested_;
@@ -273,7 +281,8 @@ py::array nf4_dequantize(const py::object& packed, const py::object& absmax, con
     const char* op = "nf4_dequantize";
     const Kernels& k = table(level);
     const Type type = type_of(op, dtype);
-    product(op, "numel", numel, "1", 1);
+    check_size(op, "numel", numel);
+    if (numel >= kTooMany) throw py::value_error(sentence(op, ": numel is ", numel, "; expected less than 2**62"));
     const Weight w(op, packed, absmax, code, absmax_scale, absmax_offset, numel, block_size, absmax_block_size);
     py::array result = output(op, out, type, numel, {packed, absmax, absmax_scale});
     void* data = result.mutable_data();
@@ -304,7 +313,8 @@ py::array nf4_embedding(const py::object& indices_object, const py::object& pack
     py::array out = matrix(type, given.size(), embedding_dim);
     void* data = out.mutable_data();
     launch([&](Parallel p) {
-        k.nf4_embedding(indices.data(), static_cast<int64_t>(indices.size()), w.nf4, embedding_dim, data, type.dtype, p);
+        k.nf4_embedding(indices.data(), static_cast<int64_t>(indices.size()), w.nf4, embedding_dim, data, type.dtype,
+                        p);
     });
     return out;
 }
@@ -347,7 +357,8 @@ py::array nf4_linear_t(const py::object& grad_object, const py::object& packed, 
     const int64_t rows = grad.shape(0);
     py::array out = matrix(type, rows, in_features);
     void* data = out.mutable_data();
-    launch([&](Parallel p) { k.nf4_linear_t(grad.data(), type.dtype, w.nf4, rows, out_features, in_features, data, p); });
+    launch(
+        [&](Parallel p) { k.nf4_linear_t(grad.data(), type.dtype, w.nf4, rows, out_features, in_features, data, p); });
     return out;
 }
 

@@ -35,7 +35,7 @@
 namespace tlk {
 
 class Pool {
-public:
+  public:
     // The pool of this process. Never destroyed: threads must not be joined while the interpreter shuts down.
     static Pool& get() {
 #if defined(__unix__) || defined(__APPLE__)
@@ -88,7 +88,7 @@ public:
         busy_.clear(std::memory_order_release);
     }
 
-private:
+  private:
     static constexpr int kRangesPerThread = 4;
 
     struct Job {
@@ -157,7 +157,7 @@ private:
     // interrupts.
     class SignalsBlocked {
 #if defined(__unix__) || defined(__APPLE__)
-    public:
+      public:
         SignalsBlocked() {
             sigset_t all;
             sigfillset(&all);
@@ -167,7 +167,7 @@ private:
         SignalsBlocked(const SignalsBlocked&) = delete;
         SignalsBlocked& operator=(const SignalsBlocked&) = delete;
 
-    private:
+      private:
         sigset_t before_;
 #endif
     };
@@ -189,10 +189,10 @@ private:
         return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
     }
 
-public:
+  public:
     static constexpr int kMaxThreads = 1024;
 
-private:
+  private:
     static inline std::atomic<Pool*> current_{nullptr};
     static inline std::atomic<int> num_threads_{0};
 
@@ -210,7 +210,7 @@ private:
 
 // What the Parallel of one kernel call points to.
 class Call {
-public:
+  public:
     Parallel parallel() { return {&Call::run, this}; }
 
     // After the kernel has returned: throws what its body threw.
@@ -218,7 +218,7 @@ public:
         if (error_) std::rethrow_exception(error_);
     }
 
-private:
+  private:
     static void run(void* self, int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* ctx) {
         Pool::get().run(n, grain, body, ctx, static_cast<Call*>(self)->error_);
     }

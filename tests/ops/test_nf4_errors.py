@@ -182,7 +182,9 @@ def table() -> Iterator[Wrong]:
     for op in ("nf4_dequantize", "nf4_dequantize.out"):
         shapes = ([-12, -80], [OUT, -IN], [-1], [2**32, 2**32], [2**21, 2**21, 2**21], [2**63 - 1, 2**63 - 1])
         for shape in shapes:
-            yield Wrong(op, ValueError, ("shape", f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"), {"shape": shape})
+            yield Wrong(
+                op, ValueError, ("shape", f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"), {"shape": shape}
+            )
     for shape, want in (([OUT, IN + 1], 486), ([OUT], 6), ([], 1), ([2**30, 2**30], 2**59)):
         yield Wrong("nf4_dequantize", ValueError, ("packed holds 480 bytes", f"{want}"), {"shape": shape})
     for op in ("nf4_dequantize", "nf4_embedding"):
@@ -284,7 +286,9 @@ def test_public_functions_want_an_nf4_weight() -> None:
         with pytest.raises(TypeError, match=rf"{name}: weight is a Tensor; expected an NF4Weight"):
             call(dense)
         if name != "nf4_dequantize":
-            with pytest.raises(ValueError, match=rf"{name}: weight was quantized from shape \(2, 3, 4\); expected a matrix"):
+            with pytest.raises(
+                ValueError, match=rf"{name}: weight was quantized from shape \(2, 3, 4\); expected a matrix"
+            ):
                 call(cube)
     with pytest.raises(TypeError, match=r"nf4_dequantize: dtype is float16, but out has dtype float32"):
         ops.nf4_dequantize(cube, dtype=torch.float16, out=torch.empty(2, 3, 4))
@@ -299,5 +303,8 @@ def test_a_wrong_call_leaves_out_alone(backend: str) -> None:
 
 
 def test_backends_are_named_in_the_error() -> None:
-    with pytest.raises(ValueError, match=r"backend: got 'fpga', expected one of reference, cpu, cuda, triton"), tlkernels.backend("fpga"):
+    with (
+        pytest.raises(ValueError, match=r"backend: got 'fpga', expected one of reference, cpu, cuda, triton"),
+        tlkernels.backend("fpga"),
+    ):
         pass

@@ -103,7 +103,11 @@ def test_bias_gradient_comes_in_the_dtype_of_the_bias(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_double_backward_of_kernels(backend: str, weight: NF4Weight, dtype: torch.dtype) -> None:
     """y = f(x), gx = d<g, y>/dx = g W, and d<v, gx>/dg = v W^T."""
-    x, g, v = randn(5, IN, dtype=dtype).requires_grad_(), randn(5, OUT, seed=1, dtype=dtype), randn(5, IN, seed=2, dtype=dtype)
+    x, g, v = (
+        randn(5, IN, dtype=dtype).requires_grad_(),
+        randn(5, OUT, seed=1, dtype=dtype),
+        randn(5, IN, seed=2, dtype=dtype),
+    )
     g.requires_grad_()
     (grad_x,) = torch.autograd.grad(ops.nf4_linear(x, weight), x, g, create_graph=True)
     (grad_g,) = torch.autograd.grad(grad_x, g, v, create_graph=True)
@@ -128,7 +132,9 @@ def test_nothing_dense_is_saved_for_backward(backend: str, weight: NF4Weight) ->
     x = randn(5, IN).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ops.nf4_linear(x, weight, randn(OUT))
-    parts = {t.data_ptr() for t in (weight.packed, weight.absmax, weight.absmax_scale, weight.absmax_offset) if t is not None}
+    parts = {
+        t.data_ptr() for t in (weight.packed, weight.absmax, weight.absmax_scale, weight.absmax_offset) if t is not None
+    }
     assert saved and {t.data_ptr() for t in saved} <= parts
 
 
@@ -300,7 +306,9 @@ def test_func_grad_vjp_and_jacrev(backend: str, weight: NF4Weight) -> None:
     grad = torch.func.grad(lambda x: ops.nf4_linear(x, weight).sin().sum())(x)
     torch.testing.assert_close(grad, (x @ w.t()).cos() @ w)
     torch.testing.assert_close(torch.func.jacrev(lambda x: ops.nf4_linear(x, weight))(x[0]), w)
-    torch.testing.assert_close(torch.func.jacrev(lambda g: ops.nf4_linear_t(g, weight))(randn(OUT, dtype=torch.float64)), w.t())
+    torch.testing.assert_close(
+        torch.func.jacrev(lambda g: ops.nf4_linear_t(g, weight))(randn(OUT, dtype=torch.float64)), w.t()
+    )
     _, pull = torch.func.vjp(lambda x: ops.nf4_linear(x, weight), x)
     g = randn(4, OUT, dtype=torch.float64)
     torch.testing.assert_close(pull(g)[0], g @ w)

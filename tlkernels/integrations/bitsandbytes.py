@@ -9,15 +9,15 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tlkernels import ops
 from tlkernels._nf4_format import FP4_CODE
 from tlkernels.nn import NF4Embedding, NF4Linear, _nf4_state
-from tlkernels.ops import NF4Weight
+from tlkernels.ops import nf4 as ops
+from tlkernels.ops.nf4 import NF4Weight
 
 __all__ = ["from_bitsandbytes", "quantization_config", "to_bitsandbytes"]
 
@@ -111,7 +111,7 @@ def to_bitsandbytes(model: nn.Module) -> nn.Module:
 
     def convert(layer: nn.Module) -> nn.Module | None:
         if isinstance(layer, NF4Linear):
-            new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta")
+            new: Any = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta")
             new.bias = layer.bias
         elif isinstance(layer, NF4Embedding):
             new = bnb.nn.Embedding4bit(layer.num_embeddings, layer.embedding_dim, dtype=layer.dtype, device="meta")
@@ -119,7 +119,8 @@ def to_bitsandbytes(model: nn.Module) -> nn.Module:
         else:
             return None
         new.weight = _params(bnb, layer.nf4_weight, new)
-        return new.train(layer.training)
+        new.train(layer.training)
+        return cast(nn.Module, new)
 
     return _replace(model, convert)
 
@@ -167,7 +168,7 @@ def quantization_config(model: nn.Module) -> Any:
     if len(tables) != 1 or tables == {"table"}:
         raise ValueError(f"quantization_config: the 4-bit tables are {sorted(tables)}; expected all 'nf4' or all 'fp4'")
     first = next(iter(layers.values()))
-    return BitsAndBytesConfig(
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type=tables.pop(),
         bnb_4bit_use_double_quant=first.double_quant,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tlkernels._nf4_format import DYNAMIC_CODE, FP4_CODE, NF4_CODE
-from tlkernels.ops import NF4Weight
+from tlkernels.ops.nf4 import NF4Weight
 
 _TABLES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 _QUANT_STATES = {

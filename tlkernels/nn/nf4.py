@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
-from tlkernels import ops
 from tlkernels.nn import _nf4_state
-from tlkernels.ops import NF4Weight
+from tlkernels.ops import nf4 as ops
+from tlkernels.ops.nf4 import NF4Weight
 
 __all__ = ["NF4Embedding", "NF4Linear", "PackedCodes"]
 
@@ -89,7 +89,7 @@ class _NF4Module(nn.Module):
         if packed.dim() != 1 or packed.dtype != torch.uint8:
             packed = packed.reshape(-1).view(torch.uint8)
         # Buffers of these names are not in the state_dict, which has its own layout: they are not "persistent".
-        for name, tensor in zip(_BUFFERS, (packed, *ops.nf4._tensors(weight)[1:]), strict=True):
+        for name, tensor in zip(_BUFFERS, (packed, *ops._tensors(weight)[1:]), strict=True):
             self.register_buffer(name, tensor, persistent=False)
         self.dtype, self.block_size, self.absmax_block_size = weight.dtype, weight.block_size, weight.absmax_block_size
 
@@ -127,7 +127,7 @@ class _NF4Module(nn.Module):
         ours = {id(buffer) for buffer in self._buffers.values() if buffer is not None}
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
         self.dtype = probe.dtype if probe.is_floating_point() else self.dtype
-        return super()._apply(lambda t: _moved(t, fn) if id(t) in ours else fn(t), recurse)
+        return super()._apply(lambda t: _moved(t, fn) if id(t) in ours else fn(t), recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for suffix, tensor in _nf4_state.write(self.nf4_weight).items():
@@ -163,12 +163,9 @@ class _NF4Module(nn.Module):
                 stacklevel=2,
             )
             return None
-        device = self.packed.device
-        pairs = zip(ops.nf4._tensors(self.nf4_weight), ops.nf4._tensors(weight), strict=True)
-        packed, *rest = (_copied(old, new, device) for old, new in pairs)
-        return self._hold(
-            NF4Weight(packed, rest[0], weight.shape, self.dtype, weight.block_size, *rest[1:], weight.absmax_block_size)
-        )
+        pairs = zip(_BUFFERS, ops._tensors(self.nf4_weight), ops._tensors(weight), strict=True)
+        tensors: dict[str, Any] = {name: _copied(old, new, self.packed.device) for name, old, new in pairs}
+        return self._hold(weight._replace(dtype=self.dtype, **tensors))
 
 
 def _copied(old: Tensor | None, new: Tensor | None, device: torch.device) -> Tensor | None:
@@ -259,7 +256,7 @@ class NF4Linear(_NF4Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._hold(ops.nf4_quantize(dense.weight, block_size=block_size, double_quant=double_quant))
+        self._hold(_quantize(dense.weight, block_size, double_quant))
         self.register_parameter("bias", dense.bias)
 
     @classmethod
@@ -278,7 +275,7 @@ class NF4Linear(_NF4Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"NF4Linear.from_linear: linear is a {type(linear).__name__}; expected a torch.nn.Linear")
-        weight = ops.nf4_quantize(linear.weight, block_size=block_size, code=code, double_quant=double_quant)
+        weight = _quantize(linear.weight, block_size, double_quant, code)
         return cls.from_weight(weight, linear.bias).train(linear.training)
 
     @classmethod
@@ -287,7 +284,7 @@ class NF4Linear(_NF4Module):
 
         Nothing is copied: the layer uses the weight's tensors, and `bias` itself where it is a Parameter.
         """
-        out_features, in_features = ops.nf4._matrix("NF4Linear.from_weight", weight)
+        out_features, in_features = ops._matrix("NF4Linear.from_weight", weight)
         if bias is not None and bias.shape != (out_features,):
             raise ValueError(f"NF4Linear.from_weight: bias has shape {tuple(bias.shape)}; expected ({out_features},)")
         layer = cls(in_features, out_features, bias is not None, device="meta")
@@ -300,16 +297,22 @@ class NF4Linear(_NF4Module):
 
     def reset_parameters(self) -> None:
         """Draw weight and bias anew, as `torch.nn.Linear` does, e.g. after ``to_empty``."""
-        dense = nn.Linear(*reversed(self._shape()), self.bias is not None, device=self.packed.device, dtype=self.dtype)
-        self._load(_like(self, dense.weight))
+        sizes, bias = (self.in_features, self.out_features), self.bias is not None
+        dense = nn.Linear(*sizes, bias, device=self.packed.device, dtype=self.dtype)
+        self._load(_quantize(dense.weight, self.block_size, self.double_quant, self.code))
         if self.bias is not None:
             self.bias.data.copy_(dense.bias.data)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``, of the input's dtype; see `tlkernels.ops.nf4_linear`."""
-        return ops.nf4_linear(_autocast(input), self.nf4_weight, self.bias)
+        dtype = _autocast_dtype(input)
+        if dtype is None:
+            return ops.nf4_linear(input, self.nf4_weight, self.bias)
+        with torch.autocast(input.device.type, enabled=False):  # the op accumulates in float32, whatever it runs on
+            return ops.nf4_linear(input.to(dtype), self.nf4_weight, self.bias)
 
     def extra_repr(self) -> str:
+        """Return what ``repr`` says of the layer."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, {self._format_repr()}"
 
@@ -374,7 +377,7 @@ class NF4Embedding(_NF4Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         self.padding_idx = dense.padding_idx
-        self._hold(ops.nf4_quantize(dense.weight, block_size=block_size, double_quant=double_quant))
+        self._hold(_quantize(dense.weight, block_size, double_quant))
 
     @classmethod
     def from_embedding(
@@ -405,7 +408,7 @@ class NF4Embedding(_NF4Module):
                 f"NF4Embedding.from_embedding: max_norm is {embedding.max_norm}; expected None: "
                 "it writes to the weight, which is frozen in 4 bits"
             )
-        weight = ops.nf4_quantize(embedding.weight, block_size=block_size, code=code, double_quant=double_quant)
+        weight = _quantize(embedding.weight, block_size, double_quant, code)
         return cls.from_weight(weight, embedding.padding_idx).train(embedding.training)
 
     @classmethod
@@ -414,7 +417,7 @@ class NF4Embedding(_NF4Module):
 
         Nothing is copied: the layer uses the weight's tensors.
         """
-        layer = cls(*ops.nf4._matrix("NF4Embedding.from_weight", weight), padding_idx, device="meta")
+        layer = cls(*ops._matrix("NF4Embedding.from_weight", weight), padding_idx, device="meta")
         layer._hold(weight)
         return layer
 
@@ -424,24 +427,36 @@ class NF4Embedding(_NF4Module):
     def reset_parameters(self) -> None:
         """Draw the table anew, as `torch.nn.Embedding` does, e.g. after ``to_empty``."""
         dense = nn.Embedding(*self._shape(), self.padding_idx, device=self.packed.device, dtype=self.dtype)
-        self._load(_like(self, dense.weight))
+        self._load(_quantize(dense.weight, self.block_size, self.double_quant, self.code))
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices ``[...]`` -> ``[..., embedding_dim]``, of the layer's dtype; see `tlkernels.ops.nf4_embedding`."""
         return ops.nf4_embedding(input, self.nf4_weight, dtype=self.dtype)
 
     def extra_repr(self) -> str:
+        """Return what ``repr`` says of the layer."""
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
         return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self._format_repr()}"
 
 
-def _like(layer: _NF4Module, dense: Tensor) -> NF4Weight:
-    return ops.nf4_quantize(dense, block_size=layer.block_size, code=layer.code, double_quant=layer.double_quant)
+def _quantize(w: Tensor, block_size: int, double_quant: bool, code: Tensor | None = None) -> NF4Weight:
+    """`ops.nf4_quantize`; of a weight on the meta device just the sizes, without tracing the op."""
+    if not w.is_meta:
+        return ops.nf4_quantize(w, block_size=block_size, code=code, double_quant=double_quant)
+    ops._check_block_size("nf4_quantize", block_size)
+    blocks = -(-w.numel() // block_size)
+    packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=w.device)
+    weight = NF4Weight(packed, absmax, tuple(w.shape), w.dtype, block_size, code)
+    if not double_quant:
+        return weight
+    scale = torch.empty(-(-blocks // weight.absmax_block_size), dtype=torch.float32, device=w.device)
+    return weight._replace(absmax_scale=scale, absmax_offset=scale.new_empty(()))
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """Under torch.autocast, x in its dtype, as `torch.nn.functional.linear` does; float64 is left alone by both."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return what torch.autocast makes `torch.nn.functional.linear` convert x to, or None; it leaves float64 alone."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x
-    return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(torch.get_autocast_dtype(device))
+        return None
+    return torch.get_autocast_dtype(device) if x.is_floating_point() and x.dtype != torch.float64 else x.dtype

@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
-from tlkernels import ops
-from tlkernels.nn.nf4 import NF4Embedding, NF4Linear, _NF4Module
+from tlkernels.nn.nf4 import NF4Embedding, NF4Linear, _NF4Module, _quantize
+from tlkernels.ops import nf4 as ops
 
 __all__ = ["MemoryReport", "memory_report", "quantize_model"]
 
@@ -98,14 +99,14 @@ def quantize_model(
         raise TypeError(f"quantize_model: model is a {type(model).__name__}; expected a torch.nn.Module")
     skip = _patterns("skip", skip)
     tables = _patterns("embeddings", ("*",) if embeddings is True else embeddings or ())
-    ops.nf4._check_block_size("quantize_model", block_size)
+    ops._check_block_size("quantize_model", block_size)
 
     layers, notes = _layers(model, skip, tables)
     notes += _useless(model, [p for p in skip if p not in DEFAULT_SKIP], [p for p in tables if p != "*"])
     # Only names are held from here on, so that each dense weight is freed as soon as it is replaced.
     groups, tied = _sharing(model, layers)
     notes += tied
-    sizes = [model.get_submodule(names[0]).weight.numel() for names in groups]
+    sizes = [_weight(model, names[0]).numel() for names in groups]
     with _progress_bar(sum(sizes), progress) as advance:
         for names, size in zip(groups, sizes, strict=True):
             model = _quantize_group(model, names, block_size, double_quant)
@@ -136,7 +137,8 @@ def _useless(model: nn.Module, *patterns: Sequence[str]) -> list[str]:
 
 def _layers(model: nn.Module, skip: Sequence[str], tables: Sequence[str]) -> tuple[list[str], list[str]]:
     """The names of the layers to quantize, at every place where they stand, and a note for each that cannot be."""
-    names, notes = [], {}
+    names: list[str] = []
+    notes: dict[int, str] = {}
     kept = {p for m in model.modules() for p in getattr(m, "_keep_in_fp32_modules", None) or ()}
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, (nn.Linear, nn.Embedding)) or _matches(name, (*skip, *kept)):
@@ -184,9 +186,13 @@ def _sharing(model: nn.Module, layers: list[str]) -> tuple[list[list[str]], list
     return groups, notes
 
 
+def _weight(model: nn.Module, name: str) -> Tensor:
+    return model.get_parameter(f"{name}.weight".lstrip("."))
+
+
 def _quantize_group(model: nn.Module, names: list[str], block_size: int, double_quant: bool) -> nn.Module:
     """Put 4-bit layers, which share one weight, in the places of `names`; returns the model (new, where a layer)."""
-    weight = ops.nf4_quantize(model.get_submodule(names[0]).weight, block_size=block_size, double_quant=double_quant)
+    weight = _quantize(_weight(model, names[0]), block_size, double_quant)
     replacements: dict[int, tuple[nn.Module, _NF4Module]] = {}  # holds the old modules: ids of dead ones are reused
     for name in names:
         old = model.get_submodule(name)
@@ -198,7 +204,7 @@ def _quantize_group(model: nn.Module, names: list[str], block_size: int, double_
     return model
 
 
-def _replacement(old: nn.Module, weight: ops.NF4Weight) -> _NF4Module:
+def _replacement(old: Any, weight: ops.NF4Weight) -> _NF4Module:
     new: _NF4Module
     if isinstance(old, nn.Embedding):
         new = NF4Embedding.from_weight(weight, old.padding_idx)
@@ -228,7 +234,7 @@ def _progress_bar(total: int, show: bool | None) -> Iterator[Callable[[int], obj
             task = bar.add_task("quantizing", total=total)
             yield lambda size: bar.advance(task, size)
     else:
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
         with tqdm(total=total, desc="quantizing", unit="w", unit_scale=True, leave=False, file=sys.stderr) as bar:
             yield bar.update
@@ -276,7 +282,11 @@ class MemoryReport:
     def __str__(self) -> str:
         bits = "" if self.bits_per_weight is None else f"{self.bits_per_weight:.3f} bits a weight"
         rows = [
-            ("4-bit codes", self.codes, f"{self.weights:,} weights in {self.layers} layers"),
+            (
+                "4-bit codes",
+                self.codes,
+                f"{self.weights:,} weights in {self.layers} layer{'' if self.layers == 1 else 's'}",
+            ),
             ("scales", self.scales, bits),
             ("other parameters", self.parameters, ""),
             ("buffers", self.buffers, ""),
@@ -342,9 +352,7 @@ def memory_report(model: nn.Module) -> MemoryReport:
                 weights += module._shape()[0] * module._shape()[1]
                 codes += module.packed.numel()
             scales += sum(
-                t.numel() * t.element_size()
-                for t in ops.nf4._tensors(module.nf4_weight)[1:]
-                if t is not None and first(t)
+                t.numel() * t.element_size() for t in ops._tensors(module.nf4_weight)[1:] if t is not None and first(t)
             )
     parameters = [p for p in model.parameters() if first(p)]
     buffers = [b for b in model.buffers() if first(b)]

@@ -1,0 +1,177 @@
+"""The table of ops x backends is what the dispatcher does, forced or not, from Python or from the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tlkernels
+from tlkernels import ops
+from tlkernels.ops import _registry
+
+WEIGHT = ops.nf4_quantize(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+
+
+def dispatch_table(name: str) -> dict[str, str]:
+    """What torch's dispatcher would run for each dispatch key: {"CPU": "registered at ...", ...}."""
+    lines = torch._C._dispatch_dump_table(f"tlkernels::{name}").splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
+
+
+def served_by(op: str) -> str:
+    """Who registered the dispatcher's kernel for CPU tensors: C++ ("cpu") or Python ("reference")."""
+    entry = dispatch_table(op)["CPU"]
+    return "reference" if "default backend kernel" in entry or ".py:" in entry else "cpu"
+
+
+def test_table_is_what_the_dispatcher_does() -> None:
+    rows = tlkernels.backends()
+    assert {row.op for row in rows} == set(_registry.OPS)
+    assert len(rows) == len({(row.op, row.device) for row in rows})
+    for row in rows:
+        if row.device == "cpu":
+            assert row.backend == served_by(row.op), row
+        assert row.gradient == ("twice" if "linear" in row.op else "raises")
+        assert row.vmap == (row.op in {"nf4_linear", "nf4_linear_t", "nf4_embedding"})
+
+
+def test_every_op_has_a_compiled_cpu_kernel() -> None:
+    if _registry.LIBRARIES["cpu"] != "loaded":
+        pytest.skip(f"compiled CPU library: {_registry.LIBRARIES['cpu']}")
+    assert _registry.native_ops("cpu") == frozenset(_registry.OPS)
+
+
+def test_every_op_of_the_namespace_is_in_the_table() -> None:
+    names = {str(s.name).removeprefix("tlkernels::") + (f".{s.overload_name}" if s.overload_name else "")
+             for s in torch._C._jit_get_all_schemas() if str(s.name).startswith("tlkernels::")}  # fmt: skip
+    assert names == set(_registry.OPS)
+
+
+def test_dtypes_of_the_table_run_and_others_raise(backend: str, nf4_calls: Any) -> None:
+    everything = [
+        getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64", "int32", "bool", "complex64")
+    ]
+    for name in ("nf4_linear", "nf4_linear_t", "nf4_quantize"):
+        arguments, allowed = nf4_calls(8, 64)[name], _registry.OPS[name].dtypes
+        first = next(iter(arguments))
+        for dtype in everything:
+            call = {**arguments, first: arguments[first].to(dtype)}
+            if str(dtype).removeprefix("torch.") in allowed:
+                _registry.OPS[name].overload(**call)
+            else:
+                with pytest.raises((TypeError, RuntimeError), match=f"{name}: {first} has dtype"):
+                    _registry.OPS[name].overload(**call)
+
+
+# ---- forcing a backend ----------------------------------------------------------------------------------------------
+
+
+def test_forced_reference_runs_python_and_is_undone() -> None:
+    before = {name: served_by(name) for name in _registry.OPS}
+    with tlkernels.backend("reference"):
+        assert _registry.forced_backend() == "reference"
+        assert {served_by(name) for name in _registry.OPS} == {"reference"}
+        assert {row.backend for row in tlkernels.backends()} == {"reference"}
+        with tlkernels.backend("reference"):
+            pass
+        assert _registry.forced_backend() == "reference"
+    assert _registry.forced_backend() is None
+    assert {name: served_by(name) for name in _registry.OPS} == before
+
+
+def test_forced_backend_is_undone_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), tlkernels.backend("reference"):
+        _ = 1 / 0
+    assert _registry.forced_backend() is None
+
+
+def test_forced_backend_holds_in_other_threads_and_in_backward() -> None:
+    """Autograd's own threads and the user's obey as well: the choice stands in the dispatcher."""
+    seen: list[str] = []
+    with tlkernels.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(served_by("nf4_linear_t")))
+        thread.start()
+        thread.join()
+        x = torch.randn(2, 64, requires_grad=True)
+        ops.nf4_linear(x, WEIGHT).sum().backward()
+        expected = ops.nf4_linear_t(torch.ones(2, 16), WEIGHT)
+    assert seen == ["reference"] and torch.equal(x.grad, expected)
+
+
+def test_unknown_and_missing_backends_raise_at_the_with() -> None:
+    with pytest.raises(ValueError, match="backend: got 'gpu', expected one of reference, cpu, cuda, triton"):
+        tlkernels.backend("gpu").__enter__()
+    for name in ("cpu", "cuda", "triton"):
+        if _registry.LIBRARIES[name] != "loaded":
+            with pytest.raises(RuntimeError, match=f"backend: '{name}' is not available here: "):
+                tlkernels.backend(name).__enter__()
+    assert _registry.forced_backend() is None
+
+
+# ---- the environment, in fresh processes ----------------------------------------------------------------------------
+
+REPORT = """
+import json, sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import tlkernels
+import torch
+weight = tlkernels.ops.nf4_quantize(torch.ones(4, 64))
+print(json.dumps({
+    "backends": sorted({r.backend for r in tlkernels.backends() if r.device == "cpu"}),
+    "libraries": tlkernels.ops._registry.LIBRARIES,
+    "warnings": [str(w.message) for w in caught if "tlkernels" in str(w.message)],
+    "sum": float(tlkernels.ops.nf4_linear(torch.ones(64), weight).sum()),
+    "modules": sorted({"triton", "bitsandbytes", "transformers", "safetensors", "rich"} & set(sys.modules)),
+}))
+"""
+
+
+def fresh(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("TLKERNELS_")}
+    return subprocess.run(
+        [sys.executable, "-c", REPORT], capture_output=True, text=True, cwd=tmp_path,
+        env={**kept, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment},
+    )  # fmt: skip
+
+
+def test_plain_import(tmp_path: Path) -> None:
+    """It says once what is missing, nothing else, and imports no optional dependency."""
+    report = json.loads(fresh(tmp_path).stdout)
+    loaded = _registry.LIBRARIES["cpu"] == "loaded"
+    assert report["backends"] == ["cpu" if loaded else "reference"]
+    assert len(report["warnings"]) == (0 if loaded else 1)
+    assert report["sum"] == 4 * 64
+    assert report["modules"] == []
+
+
+def test_environment_forces_the_reference(tmp_path: Path) -> None:
+    report = json.loads(fresh(tmp_path, TLKERNELS_BACKEND="reference").stdout)
+    assert report["backends"] == ["reference"] and report["sum"] == 4 * 64
+
+
+@pytest.mark.parametrize(
+    ("environment", "error"),
+    [
+        (
+            {"TLKERNELS_BACKEND": "fpga"},
+            "ValueError: backend: got 'fpga', expected one of reference, cpu, cuda, triton",
+        ),
+        ({"TLKERNELS_REQUIRE": "fpga"}, "ImportError: TLKERNELS_REQUIRE asks for 'fpga', but: no such backend"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_environment_that_cannot_be_met_fails_the_import(
+    tmp_path: Path, environment: dict[str, str], error: str
+) -> None:
+    run = fresh(tmp_path, **environment)
+    assert run.returncode != 0
+    assert error in run.stderr, run.stderr

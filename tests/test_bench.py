@@ -1,0 +1,414 @@
+"""The benchmark harness: what it counts, judges, compares and writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import tlkernels  # noqa: E402
+from bench import harness, nf4, report, roofline  # noqa: E402
+from bench.__main__ import main, run  # noqa: E402
+from bench.registry import Case, Problem, Provider, Run, Selection  # noqa: E402
+from tlkernels import ops  # noqa: E402
+
+CPU = torch.device("cpu")
+EFFORT = harness.Effort(seconds=0.02, least=3, most=5)
+
+
+def _problem(tolerance: float = 1e-3) -> Problem:
+    """A made-up op whose results are their own errors."""
+    return Problem(
+        Case("op", (4, 4), torch.float32),
+        {},
+        float,
+        tolerance,
+        bytes_read=60,
+        bytes_written=40,
+        output_bytes=0,
+        flops=1000,
+    )
+
+
+def _sleeper(name: str, seconds: float, error: float = 0.0, ours: bool = False) -> Provider:
+    def call() -> float:
+        time.sleep(seconds)
+        return error
+
+    return Provider(name, ours, lambda problem: Run(call))
+
+
+def _rows(*providers: Provider, ceilings: roofline.Ceilings | None = None) -> dict[str, harness.Row]:
+    rows = harness.run_case(_problem(), list(providers), ceilings or roofline.Ceilings(), EFFORT, CPU)
+    return {row.provider: row for row in rows}
+
+
+# ---- judging --------------------------------------------------------------------------------------------------------
+
+
+def test_speedup_is_over_the_best_right_peer() -> None:
+    rows = _rows(
+        _sleeper("ours", 0.004, ours=True), _sleeper("peer", 0.012), _sleeper("slow peer", 0.03),
+        _sleeper("fast and wrong", 0.001, error=0.5),
+    )  # fmt: skip
+    assert rows["ours"].best_peer == "peer"
+    assert rows["ours"].speedup == pytest.approx(rows["peer"].seconds / rows["ours"].seconds)
+    assert 2.0 < rows["ours"].speedup < 4.0
+    assert rows["peer"].speedup == 1.0 and rows["slow peer"].speedup < 1.0
+
+
+@pytest.mark.parametrize("error", [0.5, float("inf"), float("nan")])
+def test_a_wrong_row_has_no_speedup_and_no_fraction(error: float) -> None:
+    ceilings = roofline.Ceilings(copy={100: 1e9}, fp32=1e9)
+    rows = _rows(_sleeper("ours", 0.001, error=error, ours=True), _sleeper("peer", 0.002), ceilings=ceilings)
+    assert not rows["ours"].right and rows["ours"].note.startswith("wrong")
+    assert math.isnan(rows["ours"].speedup) and math.isnan(rows["ours"].fraction)
+    assert rows["ours"].seconds > 0, "the time stays in the table"
+    assert rows["peer"].right and not math.isnan(rows["peer"].fraction)
+
+
+def test_a_failing_provider_is_a_row() -> None:
+    def prepare(problem: Problem) -> Run:
+        raise NotImplementedError("no such kernel. And much more that nobody reads")
+
+    rows = _rows(_sleeper("ours", 0.001, ours=True), Provider("peer", False, prepare))
+    assert rows["peer"].note == "raises NotImplementedError: no such kernel"
+    assert math.isnan(rows["peer"].seconds) and not rows["peer"].right
+    assert rows["ours"].best_peer == "" and math.isnan(rows["ours"].speedup)
+
+
+def test_a_provider_without_the_op_is_no_row() -> None:
+    assert set(_rows(_sleeper("ours", 0.001, ours=True), Provider("peer", False, lambda problem: None))) == {"ours"}
+
+
+def test_a_product_with_one_wrong_element_is_wrong() -> None:
+    problem = nf4.FAMILY.problem(Case("linear", (96, 64), torch.bfloat16, 5), CPU)
+    right = ops.nf4_linear(problem.data["x"], problem.data["weight"])
+    assert problem.error(right) < problem.tolerance
+    for row in range(5):
+        wrong = right.clone()
+        wrong[row, 95] += 8.0
+        assert problem.error(wrong) > problem.tolerance
+    for broken in (right.float(), right[:4], right * float("nan")):
+        assert problem.error(broken) == math.inf
+
+
+@pytest.mark.parametrize("op", ["quantize", "dequantize", "dequantize_out", "dequantize_nested", "embedding"])
+def test_one_bit_off_is_wrong(op: str) -> None:
+    case = Case(op, (33, 97), torch.float32, 7 if op == "embedding" else None)
+    problem = nf4.FAMILY.problem(case, CPU)
+    run = nf4._ours(problem)
+    assert problem.error(run.call()) == 0.0 == problem.tolerance
+    result = run.call()
+    changed = result[0] if op == "quantize" else result
+    changed.view(-1).view(torch.uint8)[5] ^= 1
+    assert problem.error(result) > 0.0
+
+
+# ---- timing ---------------------------------------------------------------------------------------------------------
+
+
+def test_providers_take_turns() -> None:
+    order: list[str] = []
+
+    def provider(name: str) -> Provider:
+        def call() -> float:
+            order.append(name)
+            time.sleep(0.021)  # long: one call is one sample, with no warm-up
+            return 0.0
+
+        return Provider(name, False, lambda problem: Run(call))
+
+    _rows(provider("a"), provider("b"))
+    assert "".join(order[-6:]) == "ababab"
+    assert Counter(order) == {"a": 6, "b": 6}, "check, memory, estimate, and three samples each"
+
+
+def test_short_calls_are_timed_in_loops() -> None:
+    calls = 0
+
+    def call() -> float:
+        nonlocal calls
+        calls += 1
+        return 0.0
+
+    rows = _rows(Provider("short", True, lambda problem: Run(call)))
+    assert calls > 100
+    row = rows["short"]
+    assert 0 < row.lower_quartile <= row.seconds <= row.upper_quartile < 1e-4
+    assert EFFORT.least <= row.samples <= EFFORT.most
+
+
+def test_rates_and_fraction() -> None:
+    ceilings = roofline.Ceilings(copy={100: 1e5}, fp32=5e5)
+    row = _rows(_sleeper("ours", 0.01, ours=True), ceilings=ceilings)["ours"]
+    assert row.bytes_per_second == pytest.approx(100 / row.seconds)
+    assert row.flops_per_second == pytest.approx(1000 / row.seconds)
+    assert row.fraction == pytest.approx(2e-3 / row.seconds), "1000 flops take 2 ms, 100 bytes 1 ms: the longer counts"
+
+
+def test_the_forced_backend_is_the_one_that_runs() -> None:
+    seen, before = [], tlkernels.ops._registry.forced_backend()
+
+    def prepare(problem: Problem) -> Run:
+        def call() -> float:
+            seen.append(tlkernels.ops._registry.forced_backend())
+            return 0.0
+
+        return Run(call)
+
+    _rows(Provider("a", True, prepare, lambda: tlkernels.backend("reference")), Provider("b", False, prepare))
+    assert {"reference", before} == set(seen)
+    assert tlkernels.ops._registry.forced_backend() == before
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the counters of Linux")
+def test_memory_is_counted_whoever_allocates_it() -> None:
+    mib = 2**20
+
+    def scratch() -> torch.Tensor:
+        output = torch.ones(8 * mib, dtype=torch.uint8)
+        with mmap.mmap(-1, 64 * mib) as area:  # not torch's allocator
+            for page in range(0, 64 * mib, 4096):
+                area[page] = 1
+        return output
+
+    extra = harness.extra_memory(scratch, 8 * mib, CPU)
+    assert extra is not None and 62 * mib < extra < 68 * mib
+    small = harness.extra_memory(lambda: torch.ones(8 * mib, dtype=torch.uint8), 8 * mib, CPU)
+    assert small is not None and small < mib
+
+
+# ---- ceilings -------------------------------------------------------------------------------------------------------
+
+
+def test_ceilings_by_size_and_kind() -> None:
+    ceilings = roofline.Ceilings(read={100: 100.0, 10000: 10.0}, copy={100: 50.0, 10000: 5.0}, fp32=1.0, bf16=4.0)
+    assert roofline.interpolate(ceilings.read, 10) == pytest.approx(100.0)
+    assert roofline.interpolate(ceilings.read, 1000) == pytest.approx(math.sqrt(1000.0))
+    assert roofline.interpolate(ceilings.read, 10**9) == pytest.approx(10.0)
+    assert ceilings.seconds(9999, 1, 0, "fp32") == pytest.approx(1000.0)
+    assert ceilings.seconds(5000, 5000, 0, "fp32") == pytest.approx(2000.0)
+    assert ceilings.seconds(100, 0, 8, "bf16") == pytest.approx(2.0)
+    assert ceilings.seconds(100, 0, 8, "fp32") == pytest.approx(8.0)
+    assert roofline.Ceilings().seconds(100, 100, 100, "fp32") == 0.0
+
+
+def test_threads_start_together_and_all_are_waited_for() -> None:
+    done: list[int] = []
+
+    def work() -> None:
+        time.sleep(0.05)
+        done.append(1)
+
+    seconds = roofline._together([work] * 4)
+    assert len(done) == 4 and 0.045 < seconds < 0.15
+
+
+def test_rates_of_known_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops of a known rate: 1 GB/s read, 0.5 or (streaming) 2 GB/s copied, 4 and 0 GFLOP/s, a thread."""
+
+    class Loops:
+        @staticmethod
+        def roofline_read(data: np.ndarray, repeats: int) -> float:
+            return time.sleep(data.nbytes * repeats / 1e9) or 0.0
+
+        @staticmethod
+        def roofline_copy(out: np.ndarray, data: np.ndarray, repeats: int, *, streaming: bool) -> float:
+            return time.sleep(data.nbytes * repeats / (2e9 if streaming else 5e8)) or 0.0
+
+        @staticmethod
+        def roofline_fma_fp32(repeats: int) -> tuple[float, float]:
+            return 4000.0 * repeats, time.sleep(repeats * 1e-6) or 0.0
+
+        @staticmethod
+        def roofline_dot_bf16(repeats: int) -> tuple[float, float]:
+            return 0.0, 0.0
+
+    monkeypatch.setitem(sys.modules, "tlkernels._numpy", Loops)
+    monkeypatch.setattr(roofline, "WORKING_SETS", (2**22,))
+    ceilings = roofline.measure(CPU, threads=2, quick=True)
+    assert ceilings.read[2**22] == pytest.approx(2e9, rel=0.2)
+    assert ceilings.copy[2**22] == pytest.approx(8e9, rel=0.2), "read and written, two threads, the better store"
+    assert ceilings.fp32 == pytest.approx(8e9, rel=0.2)
+    assert ceilings.bf16 == 0.0
+
+
+def test_measured_ceilings_are_plausible() -> None:
+    pytest.importorskip("tlkernels._numpy")
+    ceilings = roofline.measure(CPU, threads=1, quick=True)
+    assert not ceilings.note
+    assert set(ceilings.read) == set(ceilings.copy) == set(roofline.WORKING_SETS[::3])
+    assert all(1e8 < rate < 1e13 for rate in (*ceilings.read.values(), *ceilings.copy.values()))
+    assert 1e9 < ceilings.fp32 < 1e13
+    # what a plain product reaches cannot be above the peak
+    a = torch.randn(512, 512)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = min(harness._estimate(lambda: torch.mm(a, a), CPU) for _ in range(20))
+    finally:
+        torch.set_num_threads(before)
+    assert 2 * 512**3 / seconds < 1.15 * ceilings.fp32
+
+
+# ---- the family -----------------------------------------------------------------------------------------------------
+
+
+def test_every_op_is_benchmarked_at_every_size() -> None:
+    cases = nf4.FAMILY.cases(Selection())
+    assert len(set(cases)) == len(cases)
+    linear = {(c.shape, c.rows, c.dtype) for c in cases if c.op == "linear"}
+    assert linear == {(c.shape, c.rows, c.dtype) for c in cases if c.op == "linear_backward"}
+    shapes = {(1024, 1024), (4096, 4096), (11008, 4096)}
+    assert linear == {(s, r, d) for s in shapes for r in (1, 8, 64, 512, 4096) for d in nf4.DTYPES}
+    for op in ("dequantize", "dequantize_out", "quantize"):
+        assert {(c.shape, c.dtype) for c in cases if c.op == op} >= {(s, d) for s in shapes for d in nf4.DTYPES}
+    assert any(c.op == "dequantize" and c.shape == (14336, 4096) for c in cases)
+    benchmarked = {name for names in nf4._TABLE_OPS.values() for name in names}
+    aside = {"absmax_quantize", "absmax_dequantize"}  # a thirty-second of the work of the op they go with
+    assert benchmarked == {name for name in ops._registry.OPS if name.startswith("nf4_")}
+    assert benchmarked | aside >= {n for n in ops._registry.OPS if n.startswith(("nf4_", "absmax_"))}
+
+
+def test_selection() -> None:
+    chosen = Selection(ops=("linear",), shapes=((64, 32),), rows=(3,), dtypes=(torch.float16,))
+    assert nf4.FAMILY.cases(chosen) == [Case("linear", (64, 32), torch.float16, 3)]
+    assert all(max(c.shape) <= 1024 for c in nf4.FAMILY.cases(Selection(quick=True)))
+    assert {c.op for c in nf4.FAMILY.cases(Selection(quick=True))} == set(nf4.OPS)
+
+
+@pytest.mark.parametrize("op", nf4.OPS)
+def test_every_provider_solves_small_problems(op: str) -> None:
+    """Peers too: what is called bitsandbytes is called rightly. (Its defects begin at odd shapes.)"""
+    rows = 3 if op in ("linear", "linear_backward", "embedding") else None
+    problem = nf4.FAMILY.problem(Case(op, (128, 64), torch.bfloat16, rows), CPU)
+    for provider in nf4.FAMILY.providers(CPU):
+        if provider.name == "bitsandbytes" and op == "dequantize_out":
+            continue  # it has no such thing on CPU
+        if provider.name == "reference compiled" and op != "dequantize":
+            continue  # compiling takes many seconds an op
+        with provider.context():
+            prepared = provider.prepare(problem)
+            if prepared is not None:
+                assert problem.error(prepared.call()) <= problem.tolerance, provider.name
+                if prepared.whole is not None:
+                    prepared.whole()
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[report.Report, Path]:
+    path = tmp_path_factory.mktemp("bench") / "small.json"
+    selection = Selection(
+        quick=True, ops=("dequantize", "linear"), shapes=((64, 64), (128, 64)), rows=(1, 4), dtypes=(torch.bfloat16,),
+        providers=("tlkernels", "eager", "bitsandbytes", "dense"),
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    result = run(nf4.FAMILY, CPU, selection, (1,), out=path)
+    assert torch.get_num_threads() == threads, "the number of threads is put back"
+    return result, path
+
+
+def test_a_run_is_right_and_complete(small: tuple[report.Report, Path]) -> None:
+    result, _ = small
+    assert {(r.op, r.shape, r.rows) for r in result.rows} == {
+        ("dequantize", "64x64", None), ("dequantize", "128x64", None), ("linear", "64x64", 1), ("linear", "64x64", 4),
+        ("linear", "128x64", 1), ("linear", "128x64", 4),
+    }  # fmt: skip
+    assert {"reference eager", "dense"} <= {r.provider for r in result.rows}
+    assert all(r.right for r in result.rows if r.ours or r.provider.startswith(("reference", "dense")))
+    assert all(r.threads == 1 for r in result.rows)
+
+
+def test_json_survives_a_round_trip(small: tuple[report.Report, Path]) -> None:
+    result, path = small
+    raw = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert {"date", "commit", "processor", "cores", "torch"} <= set(raw["machine"])
+    again = report.Report.load(path)
+    assert report.markdown(again) == report.markdown(result)
+
+
+def test_tables_hold_every_row(small: tuple[report.Report, Path]) -> None:
+    result, _ = small
+    text = report.markdown(result)
+    full = text[text.index("### Every row") :]
+    assert sum(line.startswith("| ") and "---" not in line for line in full.splitlines()) == len(result.rows) + 2
+    for table in text.split("\n\n"):
+        if table.startswith("| "):
+            assert len({line.count(" | ") for line in table.splitlines()}) == 1, table
+
+
+def test_docs_are_rewritten_between_markers(small: tuple[report.Report, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "benchmarks.md"
+    page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
+    before = page.read_text()
+    report.write_docs(small[0], tmp_path)
+    once = page.read_text()
+    report.write_docs(small[0], tmp_path)
+    assert page.read_text() == once != before
+    assert once.partition("<!-- begin")[0] == before.partition("<!-- begin")[0]
+    assert (tmp_path / "bench-nf4-cpu-time.png").exists() and "bench-nf4-cpu-time.png" in once
+    with pytest.raises(ValueError, match="markers"):
+        report.replace_between("no markers", "nf4-cpu", "")
+
+
+def test_time_limit_leaves_out_and_says_so(tmp_path: Path) -> None:
+    selection = Selection(
+        quick=True, ops=("dequantize",), shapes=((64, 64),), dtypes=(torch.float32,), providers=("dense",)
+    )
+    result = run(nf4.FAMILY, CPU, selection, (), max_minutes=1e-9, out=tmp_path / "r.json")
+    assert result.rows == [] and any("time was up" in line for line in result.missing)
+
+
+def test_a_wrong_result_of_ours_is_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Provider("tlkernels broken", True, lambda p: Run(lambda: torch.zeros(p.case.shape, dtype=p.case.dtype)))
+    arguments = ["--quick", "--op", "dequantize", "--shapes", "64x64", "--out", str(tmp_path / "r.json")]
+    monkeypatch.setattr(nf4.NF4Family, "providers", lambda self, device: [broken])
+    assert main(arguments) == 1
+    assert "tlkernels broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--shapes", "64"], "expected OUTxIN"),
+        (["--shapes", "0x64"], "expected OUTxIN"),
+        (["--threads", "0"], "expected numbers from 1 up"),
+        (["--dtypes", "int8"], "expected float32, bfloat16 or float16"),
+        (["--family", "lora"], "invalid choice"),
+        (["--op", "nonsense"], "expected some of quantize"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2 and sentence in capsys.readouterr().err
+
+
+def test_gpu_script_is_a_program() -> None:
+    script = ROOT / "bench" / "gpu.sh"
+    assert script.stat().st_mode & 0o111
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
