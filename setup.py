@@ -1,7 +1,7 @@
 """Build tlkernels: CMake and Ninja compile what this machine can compile, setuptools packs it with the Python package.
 
-Everything else about the package stands in pyproject.toml. What is compiled is decided by what is there (a C++ compiler,
-torch, nvcc) and by the environment:
+Everything else about the package stands in pyproject.toml. What is compiled depends on what is there (a C++
+compiler, torch, nvcc) and on environment variables:
 
 TLKERNELS_NO_EXT=1        compile nothing: the pure-Python package, which runs on its references
 TLKERNELS_CUDA            auto (default: on when nvcc is found and the installed torch is a CUDA build), on, off
@@ -160,14 +160,14 @@ class CMakeBuild(build_ext):
             try:
                 subprocess.run(command, check=True)
             except subprocess.CalledProcessError as error:
-                raise SystemExit(
-                    f"tlkernels: `{shlex.join(command)}` failed with status {error.returncode}; its messages stand above. "
-                    "TLKERNELS_NO_EXT=1 installs the package without compiled libraries."
-                ) from None
+                why = f"`{shlex.join(command)}` failed with status {error.returncode}; its messages stand above"
+                raise SystemExit(f"tlkernels: {why}. TLKERNELS_NO_EXT=1 installs without compiled libraries.") from None
         return sorted(stage.glob("*.so"))
 
     def get_outputs(self) -> list[str]:
-        return [] if self.inplace or self.editable_mode else [str(path) for path in _libraries(Path(self.build_lib, "tlkernels"))]
+        if self.inplace or self.editable_mode:
+            return []
+        return [str(path) for path in _libraries(Path(self.build_lib, "tlkernels"))]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -201,7 +201,10 @@ def main() -> None:
     if plan is not None:
         CMakeBuild.plan = plan
     setup(
-        packages=[*find_packages(include=["tlkernels*"], exclude=["tlkernels.triton_kernels"]), "tlkernels.triton_kernels"],
+        packages=[
+            *find_packages(include=["tlkernels*"], exclude=["tlkernels.triton_kernels"]),
+            "tlkernels.triton_kernels",
+        ],
         package_dir={"tlkernels.triton_kernels": "triton_kernels"},
         ext_modules=[] if plan is None else [Extension("tlkernels._C", sources=[])],
         cmdclass={"build_ext": CMakeBuild},

@@ -20,8 +20,9 @@ Double-quantized scales take 1 byte + 4 / absmax_block_size instead of 4 and are
 
 *Look-up.* `tl.gather` from the 16 entries, on the flattened tile: Triton keeps the table in shared memory, whose 16
 entries lie in 16 banks, so one load instruction decodes 32 weights with no conflict. Loading from global memory by
-index looks simpler, but Triton's pipeliner then copies every single entry asynchronously to shared memory (130
-instead of 3 such copies per step of the product), and a tree of selects takes 15 instructions a weight.
+index looks simpler, but in the product's loop Triton's pipeliner then copies each entry to shared memory by an
+asynchronous copy of its own (130 of them in the machine code instead of 3), and a tree of selects takes 16
+instructions a weight.
 
 *Nibbles.* The two codes of a byte are joined to neighbours, which renames registers. Two products, on even and on odd
 columns, would need x with stride 2, which neither asynchronous copies nor Hopper's matrix instructions can read.
@@ -31,7 +32,8 @@ more), the rows its short one (8 or more), so 16 rows cost 16, and the decoded w
 registers. Programs with the same weight tile are neighbours (row tiles run fastest): what runs at one time shares its
 weight tiles and all of x through the L2 cache.
 
-The order of additions depends on the shapes, the dtype and the number of multiprocessors only; nothing is atomic.
+The order of additions depends on the shapes, the dtype and the number of multiprocessors only; nothing is atomic. The
+first product of a new shape tries several tile heights, which stops the device: do it before capturing a CUDA graph.
 """
 
 from __future__ import annotations

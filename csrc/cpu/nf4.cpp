@@ -640,8 +640,8 @@ inline __m512 sums(const __m512* a) {
     for (int i = 0; i < 2; ++i)
         d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[i], c[i + 2], 0x88), _mm512_shuffle_f32x4(c[i], c[i + 2], 0xdd));
     const __m512 e = _mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd));
-    // lane j of 128 bits holds (j, j + 8, j + 4, j + 12) of: 0 2 1 3 -> ascending
-    const __m512i ascending = _mm512_setr_epi32(0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15);
+    // the 128-bit lanes hold the sums i, i + 4, i + 8, i + 12 of i = 0, 2, 1, 3
+    const __m512i ascending = _mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15);
     return _mm512_permutexvar_ps(ascending, e);
 }
 
@@ -897,7 +897,7 @@ inline void interleave(const bf16* row0, const bf16* row1, int64_t n, uint32_t* 
 }
 
 constexpr int64_t kStepWords = 128;  // along the output features, decoded at a time
-constexpr int64_t kMaxColumns = 512;  // input features of a unit of work: decoded W and the sums stay in L2 together
+constexpr int64_t kMaxColumns = 256;  // input features of a unit of work: decoded W and the sums stay in L2 together
 
 template <class T, class In>
 void panel_columns(const In* g, const Weight& w, int64_t rows, int64_t out_features, int64_t in_features, In* gx,

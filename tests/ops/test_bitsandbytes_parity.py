@@ -100,7 +100,7 @@ def test_code_tables() -> None:
 def test_nested_scales(backend: str, shape: tuple[int, int]) -> None:
     """Their 8-bit search is approximate near midpoints: no code of ours is farther from the value, all others agree."""
     w = randn(*shape)
-    packed, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    _, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
     absmax = ops.nf4_quantize(w).absmax
     q, scale, offset = ops.absmax_quantize(absmax, offset=state.offset)
     assert torch.equal(scale, state.state2.absmax) and torch.equal(offset, state.offset)

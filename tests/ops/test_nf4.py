@@ -29,8 +29,8 @@ from tlkernels.ops import nf4 as ops
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 SHAPES = [  # multiples of every tile; one off; rows that are no multiple of a block; rows that start at a nibble; empty
-    (64, 128), (128, 64), (63, 128), (65, 129), (64, 96), (7, 33), (31, 257), (3, 63), (5, 1), (1, 1), (1, 77), (2, 4096),
-    (0, 64), (64, 0), (0, 0),
+    (64, 128), (128, 64), (63, 128), (65, 129), (64, 96), (7, 33), (31, 257), (3, 63), (5, 1), (1, 1), (1, 77),
+    (2, 4096), (0, 64), (64, 0), (0, 0),
 ]  # fmt: skip
 CODES = {
     "fp4": torch.tensor(FP4_CODE),
@@ -661,13 +661,26 @@ def test_every_lower_instruction_set_level(level: str, tmp_path: Path) -> None:
     """The tests marked `isa` once more, on the compiled kernels, with the instruction set capped."""
     if _registry.LIBRARIES["cpu"] != "loaded":
         pytest.skip(f"compiled CPU library: {_registry.LIBRARIES['cpu']}")
+    capped = {"TLKERNELS_CPU_ISA": level, "TLKERNELS_REQUIRE": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    options = [
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "--import-mode=importlib",
+        "--tb=short",
+        "-m",
+        "isa",
+        "-k",
+        "cpu",
+    ]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "--import-mode=importlib", "--tb=short",
-         "-m", "isa", "-k", "cpu", __file__],
-        env={**os.environ, "TLKERNELS_CPU_ISA": level, "TLKERNELS_REQUIRE": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert f"instruction set: {level}: capped by TLKERNELS_CPU_ISA={level}" in run.stdout, (
-        run.stdout[:3000] + run.stderr
+        [sys.executable, "-m", "pytest", *options, __file__],
+        env={**os.environ, **capped},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
+    chosen = f"instruction set: {level}: capped by TLKERNELS_CPU_ISA={level}"
+    assert chosen in run.stdout, run.stdout[:3000] + run.stderr
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout[-8000:]

@@ -340,11 +340,11 @@ def test_products_of_any_shape(device: str, dtype: torch.dtype, shape: tuple[int
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @on_every_device
 def test_products_of_many_terms(device: str, dtype: torch.dtype) -> None:
-    """1.5 thousand terms and several tiles each way; in the interpreter bfloat16 rounds the result only."""
+    """Many steps and several tiles each way; in the interpreter bfloat16 rounds the result only."""
     place = target(device)
-    weight = quantized(130, 1504, device=place, nested=True)
-    wide, tall = quantized(1504, 130, device=place), randn(33, 1504)
-    x, bias = tall.to(place, dtype), randn(130).to(place)
+    weight = quantized(70, 736, device=place, nested=True)
+    wide, tall = quantized(736, 70, device=place), randn(33, 736)
+    x, bias = tall.to(place, dtype), randn(70).to(place)
     for w, product in ((weight, ops.nf4_linear), (wide, ops.nf4_linear_t)):
         b = (bias,) if product is ops.nf4_linear else ()
         with tlkernels.backend("triton"):
@@ -387,14 +387,14 @@ def test_many_rows_multiply_slabs(device: str, dtype: torch.dtype) -> None:
     place = target(device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nf4, "_FUSED_ROWS", {dtype: 4})
-        patch.setattr(nf4, "_SLAB", 128 * 300)
+        patch.setattr(nf4, "_SLAB", 128 * 200)
         slabs, fused = spy(patch, "_decode_rows"), spy(patch, "_multiply_fused")
-        for shape in ((300, 270), (270, 301), (299, 265)):
+        for shape in ((200, 150), (141, 177)):
             weight = quantized(*shape, device=place, nested=True)
             for b in (None, randn(shape[0], seed=3).to(place, dtype)):
                 x, g = randn(5, shape[1]).to(place, dtype), randn(5, shape[0]).to(place, dtype)
                 assert_both_products(weight, x, g, b, str(shape))
-        assert len(slabs) > 10 and not fused
+        assert len(slabs) == 2 * 2 * 2 * 2 and not fused  # two each: shapes, biases, products, slabs
         assert all(min(out.shape) <= 128 for _, _, out, *_ in slabs)
 
 
@@ -538,8 +538,8 @@ def test_gradients(device: str) -> None:
 
 @given(
     shape=st.tuples(st.integers(0, 140), st.integers(0, 140)), rows=st.integers(0, 40),
-    dtype=st.sampled_from(DTYPES[:2]), block_size=st.sampled_from(BLOCK_SIZES), nested=st.booleans(), code=st.sampled_from(list(CODES)),
-    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from(DTYPES[:2]), block_size=st.sampled_from(BLOCK_SIZES), nested=st.booleans(),
+    code=st.sampled_from(list(CODES)), seed=st.integers(0, 2**31),
 )  # fmt: skip
 @example(shape=(3, 64), rows=1, dtype=torch.float16, block_size=32, nested=True, code="fp4", seed=0)
 @settings(max_examples=40)
