@@ -52,6 +52,11 @@ def run(
     result = report.Report(family.name, device.type, report.machine(device), [], [], family.missing(device))
     before = torch.get_num_threads()
     progress = report.Progress()
+    load = result.machine["load at the start"]
+    if isinstance(load, float) and load > 0.5 * result.machine["cores"]:
+        progress.note(
+            f"bench: the machine is busy (load {load}); threads wait for each other and the times mean little"
+        )
     try:
         for count in threads or (before,):
             torch.set_num_threads(count)

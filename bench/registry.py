@@ -16,7 +16,7 @@ FAMILIES = ("nf4",)
 #: A product whose relative error exceeds this is wrong. Twice and more what rounding the result to the dtype and
 #: accumulating in another order costs, and below what a computation in a narrower dtype does: a float32 product done
 #: in bfloat16 (3e-3) is not a float32 product.
-PRODUCT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+PRODUCT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load at the start": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "instruction set": _instruction_set(),
@@ -323,15 +324,16 @@ def _plot(rows: list[Row], attribute: str, label: str, title: str, path: Path) -
                 color=_COLOURS[index], marker=_MARKERS[index], linewidth=2.6 if ours else 1.3,
                 markersize=7 if ours else 5, zorder=3 if ours else 2, label=provider,
             )  # fmt: skip
-        axis.set(xscale="log", yscale="log", title=name.replace("_", " "))
+        axis.set(xscale="log", title=name.replace("_", " "))
+        axis.set_yscale("log", base=4 if attribute == "extra_bytes" else 10)
         axis.set_xlabel("rows" if points[0][1].rows else "elements")
         axis.set_ylabel(label)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x < 1e5 else f"{x / 1e6:g} M"))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x < 1e4 else f"{x / 1e6:.2g} M"))
         axis.set_xticks(sorted({x for x, _ in points}))
         axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         show = _time if attribute == "seconds" else lambda y: _bytes(round(y))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _, show=show: show(y)))
-        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:

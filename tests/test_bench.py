@@ -133,7 +133,8 @@ def test_providers_take_turns() -> None:
 
     _rows(provider("a"), provider("b"))
     assert "".join(order[-6:]) == "ababab"
-    assert Counter(order) == {"a": 6, "b": 6}, "check, memory, estimate, and three samples each"
+    calls = Counter(order)
+    assert set(calls.values()) <= {6, 7}, "check, memory (once or twice), estimate, and three samples each"
 
 
 def test_short_calls_are_timed_in_loops() -> None:
@@ -281,9 +282,9 @@ def test_every_op_is_benchmarked_at_every_size() -> None:
         assert {(c.shape, c.dtype) for c in cases if c.op == op} >= {(s, d) for s in shapes for d in nf4.DTYPES}
     assert any(c.op == "dequantize" and c.shape == (14336, 4096) for c in cases)
     benchmarked = {name for names in nf4._TABLE_OPS.values() for name in names}
-    aside = {"absmax_quantize", "absmax_dequantize"}  # a thirty-second of the work of the op they go with
-    assert benchmarked == {name for name in ops._registry.OPS if name.startswith("nf4_")}
-    assert benchmarked | aside >= {n for n in ops._registry.OPS if n.startswith(("nf4_", "absmax_"))}
+    # the scales are a sixty-fourth of the numbers; nf4_linear_many is a part of nf4_linear
+    aside = {"absmax_quantize", "absmax_dequantize", "nf4_linear_many"}
+    assert benchmarked | aside == {n for n in ops._registry.OPS if n.startswith(("nf4_", "absmax_"))}
 
 
 def test_selection() -> None:

@@ -79,7 +79,7 @@ struct Kernels {
 // The 256-entry signed "dynamic" table of the 8-bit scales (Dettmers 2022), ascending.
 extern const float* const dynamic_code;
 // The 16 NF4 values (Dettmers 2023), ascending.
-extern const float nf4_code[16];
+extern const float* const nf4_code;
 
 // The table of the best level that this machine has, capped by TLKERNELS_CPU_ISA; chosen once.
 const Kernels& kernels();

@@ -250,22 +250,45 @@ struct Decoder {
 
 #endif
 
+// `count` whole blocks. BlockSize is theirs where the compiler is to know it, else 0.
+template <class Rounded, bool Stream, int BlockSize, class Out>
+void decode_blocks(const Weight& w, int64_t block, int64_t count, Out* out) {
+    const int64_t block_size = BlockSize > 0 ? BlockSize : w.block_size;
+    const uint8_t* p = w.packed + (block << w.shift) / 2;
+    for (const int64_t end = block + count; block < end; ++block) {
+        const Decoder<Out> decoder(w, w.scale(block), Rounded{});
+        if (block_size == 32) {
+            decoder.template run32<Stream>(p, out);
+            p += 16, out += 32;
+        }
+        for (int64_t i = 0; i + 64 <= block_size; i += 64, p += 32, out += 64) decoder.template run64<Stream>(p, out);
+    }
+}
+
 // out[0 .. end - begin) = elements [begin, end) of the flat weight. A row of a matrix may begin anywhere in a block,
 // and in the low nibble of a byte. The results are those of `Rounded`, even where they are handed on as float.
 // Streaming wants begin at a block's start and out aligned to 64 bytes.
 template <class Rounded, bool Stream = false, class Out>
 void decode(const Weight& w, int64_t begin, int64_t end, Out* out) {
-    const auto one = [&](int64_t i, float absmax) { convert(round_to(w.code[w.nibble(i)] * absmax, Rounded{}), *out++); };
     while (begin < end) {
         const int64_t block = begin >> w.shift, stop = min(end, (block + 1) << w.shift);
+        if (stop - begin == w.block_size) {
+            const int64_t count = (end - begin) >> w.shift;
+            if (w.block_size == 64)
+                decode_blocks<Rounded, Stream, 64>(w, block, count, out);
+            else
+                decode_blocks<Rounded, Stream, 0>(w, block, count, out);
+            begin += count << w.shift, out += count << w.shift;
+            continue;
+        }
         const float absmax = w.scale(block);
-        if (begin & 1) one(begin++, absmax);
+        const auto one = [&] { convert(round_to(w.code[w.nibble(begin++)] * absmax, Rounded{}), *out++); };
+        if (begin & 1) one();
         if (stop - begin >= 32) {
             const Decoder<Out> decoder(w, absmax, Rounded{});
-            for (; begin + 64 <= stop; begin += 64, out += 64) decoder.template run64<Stream>(w.packed + begin / 2, out);
             for (; begin + 32 <= stop; begin += 32, out += 32) decoder.template run32<Stream>(w.packed + begin / 2, out);
         }
-        for (; begin < stop; ++begin) one(begin, absmax);
+        while (begin < stop) one();
     }
 }
 
@@ -398,7 +421,7 @@ using BlockEncoder = Encoder;
 inline void quantize_block(const float* w, int64_t n, bool last_and_short, float absmax, const BlockEncoder& encoder,
                            uint8_t* packed) {
     const float divisor = absmax < kTiny ? kTiny : absmax, reciprocal = 1.f / divisor;
-    const bool infinite = absmax == __builtin_inff();
+    const bool infinite = !(absmax < __builtin_inff());  // or NaN, which hides one
     const auto normalised = [&](float x) {
         if (infinite && bits_of(x) << 1 == 0xff000000u) return x > 0 ? 1.f : -1.f;
         return last_and_short ? x / divisor : x * reciprocal;
@@ -624,8 +647,8 @@ struct FewArithmetic<bf16> {
 };
 #endif
 
-constexpr int64_t kFewTile = 8;           // rows of x that share one pass over W
-constexpr int64_t kFewRows = 24;          // above, decoding W to L2 once costs less than three passes
+constexpr int64_t kFewTile = 8;           // rows of x that share one pass over W: more would spill
+constexpr int64_t kFewRows = 48;          // above, decoding W to L2 once costs less than the passes
 constexpr int64_t kFewFeatures = 32;      // output features of a unit of work
 constexpr int64_t kFewBytes = 32 << 10;   // of split x that stay in L1 while those features pass over it
 constexpr int64_t kPrefetch = 4096;       // bytes ahead in the weight stream
@@ -695,7 +718,8 @@ void few_features(const Weight& w, const RowScales* scales, int64_t first, int64
 template <class T, int M, class In>
 void few_rows(const In* x, const Weight& w, const float* bias, int64_t out_features, int64_t in_features, In* y,
               Parallel parallel) {
-    constexpr int F = M <= 2 ? 4 : 2;
+    // Enough sums in flight to hide the latency of the products, few enough for the registers: sums and both halves of W.
+    constexpr int F = M <= 4 ? 4 : 2;
     using element = typename T::element;
     const int64_t chunks = in_features / T::chunk;
     Scratch<element> split(M * in_features);
@@ -897,7 +921,7 @@ inline void interleave(const bf16* row0, const bf16* row1, int64_t n, uint32_t* 
 }
 
 constexpr int64_t kStepWords = 128;  // along the output features, decoded at a time
-constexpr int64_t kMaxColumns = 256;  // input features of a unit of work: decoded W and the sums stay in L2 together
+constexpr int64_t kMaxColumns = 512;  // input features of a unit of work: decoded W and the sums stay in L2 together
 
 template <class T, class In>
 void panel_columns(const In* g, const Weight& w, int64_t rows, int64_t out_features, int64_t in_features, In* gx,

@@ -232,6 +232,23 @@ def test_quantize_and_dequantize_are_the_format(device: str, dtype: torch.dtype,
                 assert same_bits(ops.nf4_dequantize(weight, dtype=out), want), (numel, block_size, out)
 
 
+@on_every_device
+def test_a_short_block_divides_and_a_full_one_multiplies(device: str) -> None:
+    middle, differ = torch.from_numpy(formula.midpoints(formula.NF4.numpy())), 0
+    for largest in (0.7, 1.3, 3.7, 1e-3):
+        near = middle * largest  # where the last bit of the quotient decides the code
+        near = torch.cat([near.nextafter(torch.tensor(-INF)), near, near.nextafter(torch.tensor(INF))])
+        short = torch.cat([torch.tensor([largest]), near])  # 46 elements of a block of 64
+        full = torch.nn.functional.pad(short, (0, 18))
+        for w in (short, full, torch.cat([full, short])):
+            packed, absmax = formula.nf4_quantize(w)
+            with tlkernels.backend("triton"):
+                weight = ops.nf4_quantize(w.to(target(device)))
+            assert same_bits(weight.packed, packed) and same_bits(weight.absmax, absmax), (largest, len(w))
+        differ += int((packed[:23] != packed[32:]).sum())
+    assert differ  # or the test could not tell
+
+
 @pytest.mark.parametrize("name", CODES)
 @on_every_device
 def test_any_code_table(device: str, name: str) -> None:

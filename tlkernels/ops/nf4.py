@@ -446,6 +446,13 @@ define(
     cuda_default="cuda",
     gradient="twice",
 )
+# What the CUDA library calls from nf4_linear for more rows than its own kernel serves; nobody else does.
+define(
+    f"nf4_linear_many(Tensor x, {_WEIGHT}, Tensor? bias, int out_features, int in_features, *, {_BLOCKS}) -> Tensor",
+    _reference_nf4_linear,
+    triton="nf4:nf4_linear",
+    gradient="by nf4_linear",
+)
 define(
     f"nf4_linear_t(Tensor grad_output, {_WEIGHT}, int out_features, int in_features, *, {_BLOCKS}) -> Tensor",
     _reference_nf4_linear_t,
@@ -463,6 +470,7 @@ define(
     backward=_define_embedding[1],
     vmap=_batch_of_rows("nf4_embedding"),
     triton="nf4:nf4_embedding",
+    cuda_default="cuda",
 )
 
 
