@@ -343,8 +343,7 @@ def nf4_quantize(w: Tensor, code: Tensor | None = None, *, block_size: int = 64)
     ops._check_float("nf4_quantize", w=w)
     ops._check_block_size("nf4_quantize", block_size)
     ops._check_code("nf4_quantize", code)
-    if code is not None and code.device != w.device:
-        raise ValueError(f"nf4_quantize: code is on {code.device}; expected {w.device}, like the other arguments")
+    ops._check_device("nf4_quantize", w.device, code=code)
     numel, nbytes = w.numel(), (w.numel() + 1) // 2
     packed = torch.empty(nbytes, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=w.device)
@@ -418,15 +417,10 @@ def nf4_embedding(
     weight = (packed, absmax, code, absmax_scale, absmax_offset)
     blocks = {"block_size": block_size, "absmax_block_size": absmax_block_size}
     sizes = (num_embeddings, embedding_dim)
-    if dtype not in _FUSED_ROWS or indices.dtype not in (torch.int64, torch.int32) or min(sizes) < 0:
+    if dtype not in _FUSED_ROWS:
         return ops._reference_nf4_embedding(indices, *weight, *sizes, dtype=dtype, **blocks)
-    numel = ops._numel("nf4_embedding", sizes)
-    _check_weight("nf4_embedding", *weight, numel, indices.device, **blocks)
-    if indices.device.type == "cpu" and indices.numel():
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= num_embeddings:
-            bad = low if low < 0 else high
-            raise IndexError(f"nf4_embedding: indices has an entry {bad}; expected 0 <= index < {num_embeddings}")
+    ops._check_indices("nf4_embedding", indices, *sizes)
+    _check_weight("nf4_embedding", *weight, num_embeddings * embedding_dim, indices.device, **blocks)
     out = torch.empty((*indices.shape, embedding_dim), dtype=_kernel_dtype(dtype), device=indices.device)
     if out.numel():
         flat = indices.reshape(-1).contiguous()
@@ -460,20 +454,10 @@ def nf4_linear(
     blocks = {"block_size": block_size, "absmax_block_size": absmax_block_size}
     if x.dtype == torch.float64:
         return ops._reference_nf4_linear(x, *weight, bias, out_features, in_features, **blocks)
-    ops._check_float(op, x=x)
-    ops._check_matrix(op, out_features, in_features)
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"{op}: x has {x.shape[-1] if x.dim() else 0} features, but the weight was quantized from shape "
-            f"({out_features}, {in_features}); expected x.shape[-1] == {in_features}"
-        )
+    ops._check_product(op, "x", x, in_features, out_features, in_features)
     _check_weight(op, *weight, out_features * in_features, x.device, **blocks)
+    ops._check_bias(op, bias, out_features, x.device)
     if bias is not None:
-        ops._check_float(op, bias=bias)
-        if bias.shape != (out_features,):
-            raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; expected ({out_features},)")
-        if bias.device != x.device:
-            raise ValueError(f"{op}: bias is on {bias.device}; expected {x.device}, like the other arguments")
         bias = bias.contiguous().to(_kernel_dtype(bias.dtype))
     return _product(x, _operands(*weight), bias, out_features, in_features, transposed=False, **blocks)
 
@@ -489,13 +473,7 @@ def nf4_linear_t(
     blocks = {"block_size": block_size, "absmax_block_size": absmax_block_size}
     if grad_output.dtype == torch.float64:
         return ops._reference_nf4_linear_t(grad_output, *weight, out_features, in_features, **blocks)
-    ops._check_float(op, grad_output=grad_output)
-    ops._check_matrix(op, out_features, in_features)
-    if grad_output.dim() == 0 or grad_output.shape[-1] != out_features:
-        raise ValueError(
-            f"{op}: grad_output has {grad_output.shape[-1] if grad_output.dim() else 0} features, but the weight was "
-            f"quantized from shape ({out_features}, {in_features}); expected grad_output.shape[-1] == {out_features}"
-        )
+    ops._check_product(op, "grad_output", grad_output, out_features, out_features, in_features)
     _check_weight(op, *weight, out_features * in_features, grad_output.device, **blocks)
     return _product(grad_output, _operands(*weight), None, out_features, in_features, transposed=True, **blocks)
 

@@ -10,7 +10,11 @@
 namespace tlk {
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int kChains = 16;
+#else
+constexpr int kChains = 12;  // with the two operands they must fit in 16 registers
+#endif
 
 }  // namespace
 

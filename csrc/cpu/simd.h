@@ -144,42 +144,60 @@ inline void store(f16* p, Vec x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph
 
 #else
 
-// Four lanes that any compiler for any machine turns into its own vectors.
+// Four lanes that the compiler maps to the vectors of any machine.
+typedef float Lanes __attribute__((vector_size(16)));
 struct Vec {
     static constexpr int size = 4;
-    float v[4];
+    Lanes v;
 };
-inline Vec zero() { return {}; }
-inline Vec splat(float x) { return {{x, x, x, x}}; }
+inline Vec vec(Lanes v) {
+    Vec x;
+    x.v = v;
+    return x;
+}
+inline Vec splat(float x) { return vec(Lanes{x, x, x, x}); }
+inline Vec zero() { return splat(0.f); }
+inline Vec load(const float* p) {
+    Vec x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
 template <class T>
 inline Vec load(const T* p) {
-    return {{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+    return vec(Lanes{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])});
 }
+inline void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 template <class T>
 inline void store(T* p, Vec x) {
-    for (int i = 0; i < 4; ++i) convert(x.v[i], p[i]);
+    for (int i = 0; i < Vec::size; ++i) convert(x.v[i], p[i]);
 }
-inline Vec operator*(Vec a, Vec b) {
-    for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i];
-    return a;
-}
-inline Vec operator+(Vec a, Vec b) {
-    for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
-    return a;
-}
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec operator*(Vec a, Vec b) { return vec(a.v * b.v); }
+inline Vec operator+(Vec a, Vec b) { return vec(a.v + b.v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return vec(a.v * b.v + c.v); }
 inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 
 #endif
 
 // x rounded to the precision of T, still as float.
 inline Vec round_to(Vec x, float) { return x; }
+#if defined(__AVX512F__)
+inline Vec round_to(Vec x, bf16) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_bf16(x.v)), 16))};
+}
+inline Vec round_to(Vec x, f16) { return {_mm512_cvtph_ps(_mm512_cvtps_ph(x.v, 0))}; }
+#elif defined(__AVX2__)
+inline Vec round_to(Vec x, bf16) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(round_bf16(x.v)), 16))};
+}
+inline Vec round_to(Vec x, f16) { return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.v, 0))}; }
+#else
 template <class T>
 inline Vec round_to(Vec x, T) {
     T narrow[Vec::size];
     store(narrow, x);
     return load(narrow);
 }
+#endif
 template <class T>
 inline float round_to(float x, T) {
     T narrow;

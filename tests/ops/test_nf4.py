@@ -675,7 +675,7 @@ def test_every_lower_instruction_set_level(level: str, tmp_path: Path) -> None:
         "cpu",
     ]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
+        [sys.executable, "-m", "pytest", *options, "-m", "isa", "-k", "cpu", __file__],
         env={**os.environ, **capped},
         cwd=tmp_path,
         capture_output=True,

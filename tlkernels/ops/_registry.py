@@ -267,11 +267,13 @@ def _apply(forced: str | None) -> None:
         if _overrides is not None:
             _overrides._destroy()
         _overrides = torch.library.Library("tlkernels", "IMPL")
-        for op in OPS.values():
-            for key in ("CPU", "CUDA"):
-                kernel = _override(op, key, forced)
-                if kernel is not None:
-                    _overrides.impl(op.name, kernel, key, allow_override=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of every override: here it is what was asked for
+            for op in OPS.values():
+                for key in ("CPU", "CUDA"):
+                    kernel = _override(op, key, forced)
+                    if kernel is not None:
+                        _overrides.impl(op.name, kernel, key, allow_override=True)
         _forced = forced
 
 

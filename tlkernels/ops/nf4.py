@@ -22,6 +22,7 @@ arXiv:2110.02861.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -97,10 +98,9 @@ def _check_weight(
         raise TypeError(f"{op}: absmax has dtype {_name(absmax.dtype)}; expected float32, or uint8 (double-quantized)")
     elif absmax_scale is not None or absmax_offset is not None:
         raise TypeError(f"{op}: absmax_scale and absmax_offset go with a uint8 absmax; absmax has dtype float32")
-    named = {"packed": packed, "absmax": absmax, "code": code}
-    for name, t in {**named, "absmax_scale": absmax_scale, "absmax_offset": absmax_offset}.items():
-        if t is not None and t.device != device:
-            raise ValueError(f"{op}: {name} is on {t.device}; expected {device}, like the other arguments")
+    _check_device(
+        op, device, packed=packed, absmax=absmax, code=code, absmax_scale=absmax_scale, absmax_offset=absmax_offset
+    )  # fmt: skip
 
 
 def _check_nested(op: str, scale: Tensor | None, offset: Tensor | None, blocks: int, block_size: int) -> None:
@@ -121,11 +121,48 @@ def _check_nested(op: str, scale: Tensor | None, offset: Tensor | None, blocks: 
         raise ValueError(f"{op}: absmax_offset has {offset.numel()} elements; expected 1")
 
 
-def _check_matrix(op: str, out_features: int, in_features: int) -> None:
-    for name, value in (("out_features", out_features), ("in_features", in_features)):
+def _check_product(op: str, name: str, x: Tensor, features: int, out_features: int, in_features: int) -> None:
+    """Of nf4_linear (features of x are the weight's input) and nf4_linear_t (its output)."""
+    _check_float(op, **{name: x})
+    _check_sizes(op, out_features=out_features, in_features=in_features)
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(
+            f"{op}: {name} has {x.shape[-1] if x.dim() else 0} features, but the weight was quantized from shape "
+            f"({out_features}, {in_features}); expected {name}.shape[-1] == {features}"
+        )
+
+
+def _check_bias(op: str, bias: Tensor | None, out_features: int, device: torch.device) -> None:
+    if bias is None:
+        return
+    _check_float(op, bias=bias)
+    if bias.shape != (out_features,):
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; expected ({out_features},)")
+    _check_device(op, device, bias=bias)
+
+
+def _check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: {name} is on {t.device}; expected {device}, like the other arguments")
+
+
+def _check_indices(op: str, indices: Tensor, num_embeddings: int, embedding_dim: int) -> None:
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: indices has dtype {_name(indices.dtype)}; expected int64 or int32")
+    _check_sizes(op, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+    if type(indices) is Tensor and indices.device.type == "cpu" and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= num_embeddings:
+            bad = low if low < 0 else high
+            raise IndexError(f"{op}: indices has an entry {bad}; expected 0 <= index < {num_embeddings}")
+
+
+def _check_sizes(op: str, **sizes: int) -> None:
+    for name, value in sizes.items():
         if value < 0:
             raise ValueError(f"{op}: {name} is {value}; expected >= 0")
-    _numel(op, (out_features, in_features))
+    _numel(op, tuple(sizes.values()))
 
 
 def _numel(op: str, shape: tuple[int, ...] | list[int]) -> int:
@@ -178,6 +215,7 @@ def _reference_nf4_quantize(w: Tensor, code: Tensor | None = None, *, block_size
     _check_float("nf4_quantize", w=w)
     _check_block_size("nf4_quantize", block_size)
     _check_code("nf4_quantize", code)
+    _check_device("nf4_quantize", w.device, code=code)
     table, order = torch.sort(_table(code, w.device), stable=True)
     v, absmax = _normalised(w.reshape(-1).float(), block_size)
     index = order.to(torch.uint8)[_count_below(v, table).long()]
@@ -199,6 +237,7 @@ def _reference_absmax_quantize(
     _check_block_size(op, block_size)
     if offset is not None and (offset.dtype != torch.float32 or offset.numel() != 1):
         raise TypeError(f"{op}: offset has dtype {_name(offset.dtype)} and {offset.numel()} elements; expected 1 float32")
+    _check_device(op, absmax.device, offset=offset)
     if offset is None:
         offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
     else:
@@ -214,6 +253,7 @@ def _reference_absmax_dequantize(q: Tensor, scale: Tensor, offset: Tensor, *, bl
         raise TypeError(f"{op}: q has dtype {_name(q.dtype)} and shape {tuple(q.shape)}; expected uint8 [n]")
     _check_block_size(op, block_size)
     _check_nested(op, scale, offset, q.numel(), block_size)
+    _check_device(op, q.device, scale=scale, offset=offset)
     table = torch.tensor(DYNAMIC_CODE, dtype=torch.float32, device=q.device)
     return table[q.long()] * scale.repeat_interleave(block_size)[: q.numel()] + offset.reshape(())
 
@@ -250,8 +290,7 @@ def _reference_nf4_dequantize_out(
         raise ValueError(f"nf4_dequantize: out has shape {tuple(out.shape)}; expected {tuple(shape)}")
     if not out.is_contiguous():
         raise ValueError(f"nf4_dequantize: out has strides {out.stride()}; expected a contiguous tensor")
-    if out.device != packed.device:
-        raise ValueError(f"nf4_dequantize: out is on {out.device}; expected {packed.device}, like the other arguments")
+    _check_device("nf4_dequantize", packed.device, out=out)
     out.copy_(
         _reference_nf4_dequantize(
             packed, absmax, code, absmax_scale, absmax_offset, shape, dtype=out.dtype, block_size=block_size,
@@ -260,28 +299,25 @@ def _reference_nf4_dequantize_out(
     )  # fmt: skip
 
 
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """An op is one kernel, and its inside not for autocast to lower."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _reference_nf4_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     bias: Tensor | None, out_features: int, in_features: int, *, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
     op, nested = "nf4_linear", (absmax_scale, absmax_offset, absmax_block_size)
-    _check_float(op, x=x)
-    _check_matrix(op, out_features, in_features)
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"{op}: x has {x.shape[-1] if x.dim() else 0} features, but the weight was quantized from shape "
-            f"({out_features}, {in_features}); expected x.shape[-1] == {in_features}"
-        )
+    _check_product(op, "x", x, in_features, out_features, in_features)
     _check_weight(op, packed, absmax, out_features * in_features, block_size, code, *nested, x.device)
-    if bias is not None:
-        _check_float(op, bias=bias)
-        if bias.shape != (out_features,):
-            raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; expected ({out_features},)")
-        if bias.device != x.device:
-            raise ValueError(f"{op}: bias is on {bias.device}; expected {x.device}, like the other arguments")
+    _check_bias(op, bias, out_features, x.device)
     acc = torch.promote_types(x.dtype, torch.float32)
     w = _decode(packed, absmax, out_features * in_features, block_size, code, *nested).view(out_features, in_features)
-    y = torch.nn.functional.linear(x.to(acc), w.to(x.dtype).to(acc), None if bias is None else bias.to(acc))
+    with _no_autocast(x.device):
+        y = torch.nn.functional.linear(x.to(acc), w.to(x.dtype).to(acc), None if bias is None else bias.to(acc))
     return y.to(x.dtype)
 
 
@@ -290,17 +326,13 @@ def _reference_nf4_linear_t(
     out_features: int, in_features: int, *, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
     op, nested = "nf4_linear_t", (absmax_scale, absmax_offset, absmax_block_size)
-    _check_float(op, grad_output=grad_output)
-    _check_matrix(op, out_features, in_features)
-    if grad_output.dim() == 0 or grad_output.shape[-1] != out_features:
-        raise ValueError(
-            f"{op}: grad_output has {grad_output.shape[-1] if grad_output.dim() else 0} features, but the weight was "
-            f"quantized from shape ({out_features}, {in_features}); expected grad_output.shape[-1] == {out_features}"
-        )
+    _check_product(op, "grad_output", grad_output, out_features, out_features, in_features)
     _check_weight(op, packed, absmax, out_features * in_features, block_size, code, *nested, grad_output.device)
     acc = torch.promote_types(grad_output.dtype, torch.float32)
     w = _decode(packed, absmax, out_features * in_features, block_size, code, *nested).view(out_features, in_features)
-    return torch.matmul(grad_output.to(acc), w.to(grad_output.dtype).to(acc)).to(grad_output.dtype)
+    with _no_autocast(grad_output.device):
+        y = torch.matmul(grad_output.to(acc), w.to(grad_output.dtype).to(acc))
+    return y.to(grad_output.dtype)
 
 
 def _reference_nf4_embedding(
@@ -308,20 +340,11 @@ def _reference_nf4_embedding(
     num_embeddings: int, embedding_dim: int, *, dtype: torch.dtype, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
     op, nested = "nf4_embedding", (absmax_scale, absmax_offset, absmax_block_size)
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: indices has dtype {_name(indices.dtype)}; expected int64 or int32")
+    _check_indices(op, indices, num_embeddings, embedding_dim)
     if dtype not in _FLOATS:
         raise TypeError(f"{op}: dtype is {_name(dtype)}; expected float32, bfloat16, float16 or float64")
-    for name, value in (("num_embeddings", num_embeddings), ("embedding_dim", embedding_dim)):
-        if value < 0:
-            raise ValueError(f"{op}: {name} is {value}; expected >= 0")
-    numel = _numel(op, (num_embeddings, embedding_dim))
+    numel = num_embeddings * embedding_dim
     _check_weight(op, packed, absmax, numel, block_size, code, *nested, indices.device)
-    if type(indices) is Tensor and indices.device.type == "cpu" and indices.numel():
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= num_embeddings:
-            bad = low if low < 0 else high
-            raise IndexError(f"{op}: indices has an entry {bad}; expected 0 <= index < {num_embeddings}")
     w = _decode(packed, absmax, numel, block_size, code, *nested).view(num_embeddings, embedding_dim)
     return w[indices.long()].to(dtype)
 
