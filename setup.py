@@ -69,9 +69,9 @@ def make_plan() -> Plan | None:
     """What can be compiled here; None, with a warning that says why, when nothing can."""
     if _switch("TLKERNELS_NO_EXT"):
         return _nothing("TLKERNELS_NO_EXT is set")
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    if shutil.which(compiler[0]) is None and shutil.which("g++") is None:
-        return _nothing(f"there is no C++ compiler ({compiler[0]})")
+    compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        return _nothing(f"there is no C++ compiler ({', '.join(compilers)})")
     pybind11 = importlib.util.find_spec("pybind11")
     cmake, ninja = _tool("cmake"), _tool("ninja")
     missing = [name for name, it in (("cmake", cmake), ("ninja", ninja), ("pybind11", pybind11)) if it is None]

@@ -41,6 +41,9 @@ inline const char* name_of(ScalarType dtype) {
         case ScalarType::Float: return "float32";
         case ScalarType::Double: return "float64";
         case ScalarType::Bool: return "bool";
+        case ScalarType::ComplexHalf: return "complex32";
+        case ScalarType::ComplexFloat: return "complex64";
+        case ScalarType::ComplexDouble: return "complex128";
         default: return torch::headeronly::toString(dtype);
     }
 }

@@ -120,7 +120,10 @@ inline void check_indices(const char* op, const Tensor& indices, int64_t num_emb
 inline void check_out(const char* op, const Tensor& out, const Sizes& shape, const Tensor& like) {
     if (sizes_of(out) != shape) fail(op, "out has shape ", shape_of(sizes_of(out)), "; expected ", shape_of(shape));
     check_float(op, "out", out.scalar_type());
-    if (!out.is_contiguous()) fail(op, "out is not contiguous; expected a contiguous tensor");
+    if (!out.is_contiguous()) {
+        const auto strides = out.strides();
+        fail(op, "out has strides ", shape_of(Sizes(strides.begin(), strides.end())), "; expected a contiguous tensor");
+    }
     check_device(op, "out", out, like);
 }
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tolerances import TOLERANCES, assert_product, relative_error
 from torch import Tensor
 
+import tlkernels
 from tlkernels.ops import FP4_CODE, NF4Weight
 from tlkernels.ops import _registry
 from tlkernels.ops import nf4 as ops
@@ -661,7 +662,11 @@ def test_every_lower_instruction_set_level(level: str, tmp_path: Path) -> None:
     """The tests marked `isa` once more, on the compiled kernels, with the instruction set capped."""
     if _registry.LIBRARIES["cpu"] != "loaded":
         pytest.skip(f"compiled CPU library: {_registry.LIBRARIES['cpu']}")
-    capped = {"TLKERNELS_CPU_ISA": level, "TLKERNELS_REQUIRE": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    capped = {
+        "TLKERNELS_CPU_ISA": level,
+        "TLKERNELS_REQUIRE": "cpu",
+        "PYTHONPATH": str(Path(tlkernels.__file__).parents[1]),
+    }
     options = [
         "-o",
         "addopts=",

@@ -139,7 +139,7 @@ def fresh(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TLKERNELS_")}
     return subprocess.run(
         [sys.executable, "-c", REPORT], capture_output=True, text=True, cwd=tmp_path,
-        env={**kept, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment},
+        env={**kept, "PYTHONPATH": str(Path(tlkernels.__file__).parents[1]), **environment},
     )  # fmt: skip
 
 

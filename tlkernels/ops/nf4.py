@@ -473,8 +473,11 @@ define(
 define(
     f"nf4_linear_many(Tensor x, {_WEIGHT}, Tensor? bias, int out_features, int in_features, *, {_BLOCKS}) -> Tensor",
     _reference_nf4_linear,
+    setup_context=_linear_setup,
+    backward=_linear_backward,
+    vmap=_batch_of_rows("nf4_linear_many"),
     triton="nf4:nf4_linear",
-    gradient="by nf4_linear",
+    gradient="twice",
 )
 define(
     f"nf4_linear_t(Tensor grad_output, {_WEIGHT}, int out_features, int in_features, *, {_BLOCKS}) -> Tensor",

@@ -232,6 +232,7 @@ STABLE_TORCH_LIBRARY_IMPL(tlkernels, CPU, m) {
     m.impl("nf4_dequantize", TORCH_BOX(&tlk::nf4_dequantize));
     m.impl("nf4_dequantize.out", TORCH_BOX(&tlk::nf4_dequantize_out));
     m.impl("nf4_linear", TORCH_BOX(&tlk::nf4_linear));
+    m.impl("nf4_linear_many", TORCH_BOX(&tlk::nf4_linear));
     m.impl("nf4_linear_t", TORCH_BOX(&tlk::nf4_linear_t));
     m.impl("nf4_embedding", TORCH_BOX(&tlk::nf4_embedding));
 }
