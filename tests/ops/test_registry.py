@@ -40,7 +40,7 @@ def test_table_is_what_the_dispatcher_does() -> None:
         if row.device == "cpu":
             assert row.backend == served_by(row.op), row
         assert row.gradient == ("twice" if "linear" in row.op else "raises")
-        assert row.vmap == (row.op in {"nf4_linear", "nf4_linear_t", "nf4_embedding"})
+        assert row.vmap == (row.op in {"nf4_linear", "nf4_linear_many", "nf4_linear_t", "nf4_embedding"})
 
 
 def test_every_op_has_a_compiled_cpu_kernel() -> None:
