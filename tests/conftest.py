@@ -98,6 +98,7 @@ def nf4_calls() -> Callable[..., dict[str, dict[str, Any]]]:
         sizes = {"out_features": out_features, "in_features": in_features}
         blocks = {"block_size": block_size, "absmax_block_size": 256}
         indices = torch.randint(0, max(1, out_features), (min(rows, out_features),), generator=generator)
+        linear = {"x": randn(rows, in_features), **tensors, "bias": randn(out_features), **sizes, **blocks}
         return {
             "nf4_quantize": {"w": w, "code": tensors["code"], "block_size": block_size},
             "absmax_quantize": {"absmax": absmax, "offset": None, "block_size": 256},
@@ -107,7 +108,8 @@ def nf4_calls() -> Callable[..., dict[str, dict[str, Any]]]:
                 **tensors, "shape": [out_features, in_features], **blocks,
                 "out": torch.empty(out_features, in_features, dtype=dtype),
             },
-            "nf4_linear": {"x": randn(rows, in_features), **tensors, "bias": randn(out_features), **sizes, **blocks},
+            "nf4_linear": linear,
+            "nf4_linear_many": dict(linear),
             "nf4_linear_t": {"grad_output": randn(rows, out_features), **tensors, **sizes, **blocks},
             "nf4_embedding": {
                 "indices": indices, **tensors, "num_embeddings": out_features, "embedding_dim": in_features,

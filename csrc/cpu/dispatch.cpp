@@ -40,9 +40,7 @@ const Level kLevels[] = {
                 __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      }},
     {&kernels_avx2,
-     [] {
-         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
     {&kernels_scalar, [] { return true; }},
 };
@@ -65,7 +63,8 @@ Choice choose() {
             return {level.table, std::string("the best this processor has (TLKERNELS_CPU_ISA=") + cap +
                                      " is not a level of this build and was ignored)"};
         }
-        return {level.table, capped ? std::string("capped by TLKERNELS_CPU_ISA=") + cap : "the best this processor has"};
+        return {level.table,
+                capped ? std::string("capped by TLKERNELS_CPU_ISA=") + cap : "the best this processor has"};
     }
     return {&kernels_scalar, "nothing better is supported"};
 }

@@ -27,8 +27,8 @@ constexpr int kTileVecs = 2;
 constexpr int kTileCols = kTileVecs * Vec::size;
 
 struct Fp32 {
-    using element = float;        // of the unpacked operands
-    using word = float;           // of the packed ones
+    using element = float;  // of the unpacked operands
+    using word = float;     // of the packed ones
     static constexpr int per_word = 1;
     using Reg = Vec;
     static Reg load_words(const word* p) { return load(p); }
@@ -94,8 +94,8 @@ void multiply(int64_t rows, int64_t panels, int64_t words, const typename T::wor
               const typename T::word* b, float* c, bool accumulate) {
     for (int64_t p = 0; p < panels; ++p)
         for (int64_t r = 0; r < rows; r += kTileRows)
-            tile_rows<T>(min<int64_t>(kTileRows, rows - r), a + r * a_stride, a_stride, b + p * words * kTileCols, words,
-                         c + (p * rows + r) * kTileCols, accumulate);
+            tile_rows<T>(min<int64_t>(kTileRows, rows - r), a + r * a_stride, a_stride, b + p * words * kTileCols,
+                         words, c + (p * rows + r) * kTileCols, accumulate);
 }
 
 }  // namespace

@@ -28,14 +28,14 @@ struct Parallel {
 // absmax[i] = dynamic_code[absmax_q[i]] * absmax_scale[i / absmax_block_size] + absmax_offset).
 struct Nf4 {
     const uint8_t* packed;
-    const float* absmax;          // null when double-quantized
-    const uint8_t* absmax_q;      // null when not
+    const float* absmax;      // null when double-quantized
+    const uint8_t* absmax_q;  // null when not
     const float* absmax_scale;
     float absmax_offset;
-    int64_t absmax_block_size;    // a power of two
+    int64_t absmax_block_size;  // a power of two
     int64_t numel;
-    int64_t block_size;           // a power of two, 32 to 4096
-    const float* code;            // 16 entries
+    int64_t block_size;  // a power of two, 32 to 4096
+    const float* code;   // 16 entries
 };
 
 struct Kernels {

@@ -1,7 +1,7 @@
 // NF4 on the CPU: quantize, decode, and the products that read the 4-bit weight in place.
 //
-//   quantize    reads 4 (2) bytes and writes 0.56 an element. A block's codes come from a four-step binary search over
-//               the 15 midpoints, all of them in one register (vpermps), 16 elements at a time.
+//   quantize    reads 4 (2) bytes and writes 0.56 an element. A code comes from two look-ups in registers and one
+//               comparison, 16 elements at a time.
 //   dequantize  reads 0.56 bytes and writes 2 or 4 an element, so the store rate is its limit. For each block the 16
 //               possible results code[i] * absmax are computed and rounded first; an element is then one table look-up
 //               in a register and is rounded exactly once.
@@ -197,8 +197,8 @@ struct HalfDecoder {
     void run32(const uint8_t* p, Half* out) const {
         const __m128i b = _mm_loadu_si128((const __m128i*)p), nibble = _mm_set1_epi8(15);
         const __m128i even = _mm_and_si128(_mm_srli_epi16(b, 4), nibble), odd = _mm_and_si128(b, nibble);
-        const __m256i index =
-            _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)), _mm_unpackhi_epi8(even, odd), 1);
+        const __m256i index = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)),
+                                                      _mm_unpackhi_epi8(even, odd), 1);
         const __m256i l = _mm256_shuffle_epi8(low, index), h = _mm256_shuffle_epi8(high, index);
         const __m256i x = _mm256_unpacklo_epi8(l, h), y = _mm256_unpackhi_epi8(l, h);
         const __m256i first = _mm256_permute2x128_si256(x, y, 0x20), second = _mm256_permute2x128_si256(x, y, 0x31);
@@ -286,7 +286,8 @@ void decode(const Weight& w, int64_t begin, int64_t end, Out* out) {
         if (begin & 1) one();
         if (stop - begin >= 32) {
             const Decoder<Out> decoder(w, absmax, Rounded{});
-            for (; begin + 32 <= stop; begin += 32, out += 32) decoder.template run32<Stream>(w.packed + begin / 2, out);
+            for (; begin + 32 <= stop; begin += 32, out += 32)
+                decoder.template run32<Stream>(w.packed + begin / 2, out);
         }
         while (begin < stop) one();
     }
@@ -315,9 +316,12 @@ void dequantize(const Weight& w, Out* out, Parallel parallel) {
 
 void TLK_LEVEL::nf4_dequantize(const Nf4& w, void* out, Dtype dtype, Parallel parallel) {
     switch (dtype) {
-        case Dtype::float32: return dequantize(Weight(w), static_cast<float*>(out), parallel);
-        case Dtype::bfloat16: return dequantize(Weight(w), static_cast<bf16*>(out), parallel);
-        case Dtype::float16: return dequantize(Weight(w), static_cast<f16*>(out), parallel);
+        case Dtype::float32:
+            return dequantize(Weight(w), static_cast<float*>(out), parallel);
+        case Dtype::bfloat16:
+            return dequantize(Weight(w), static_cast<bf16*>(out), parallel);
+        case Dtype::float16:
+            return dequantize(Weight(w), static_cast<f16*>(out), parallel);
     }
 }
 
@@ -326,19 +330,21 @@ namespace {
 template <class Out>
 void embedding(const int64_t* indices, int64_t n, const Weight& w, int64_t dim, Out* out, Parallel parallel) {
     parallel_for(parallel, n, ceil_div(32768, dim + 1), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i)
-            decode<Out>(w, indices[i] * dim, (indices[i] + 1) * dim, out + i * dim);
+        for (int64_t i = first; i < last; ++i) decode<Out>(w, indices[i] * dim, (indices[i] + 1) * dim, out + i * dim);
     });
 }
 
 }  // namespace
 
 void TLK_LEVEL::nf4_embedding(const int64_t* indices, int64_t n, const Nf4& w, int64_t dim, void* out, Dtype dtype,
-                   Parallel parallel) {
+                              Parallel parallel) {
     switch (dtype) {
-        case Dtype::float32: return embedding(indices, n, Weight(w), dim, static_cast<float*>(out), parallel);
-        case Dtype::bfloat16: return embedding(indices, n, Weight(w), dim, static_cast<bf16*>(out), parallel);
-        case Dtype::float16: return embedding(indices, n, Weight(w), dim, static_cast<f16*>(out), parallel);
+        case Dtype::float32:
+            return embedding(indices, n, Weight(w), dim, static_cast<float*>(out), parallel);
+        case Dtype::bfloat16:
+            return embedding(indices, n, Weight(w), dim, static_cast<bf16*>(out), parallel);
+        case Dtype::float16:
+            return embedding(indices, n, Weight(w), dim, static_cast<f16*>(out), parallel);
     }
 }
 
@@ -388,28 +394,73 @@ struct Encoder {
 };
 
 #if defined(__AVX512F__)
-// The same count by binary search: each step looks the next midpoint up with the bits found so far.
+// The same count, 16 at a time. [-1, 1] is cut into 32 cells; where no cell holds two midpoints, as in NF4, a cell has
+// at most two codes, and one comparison with its midpoint decides between them. Cells are found by a monotonic
+// function, evaluated on the midpoints as on the data, so the result is exact. Other tables take a binary search: each
+// of its four steps looks the next midpoint up with the bits found so far.
 struct WideEncoder : Encoder {
-    __m512 m8, m4, m2, m1;
-    __m512i caller_order;
+    struct Cells {
+        __m512 midpoint[2];  // +inf where a cell has none
+        __m512i lower[2], upper[2];
+
+        __m512i operator()(__m512 v) const {
+            const __m512i c = cell(v);
+            const __mmask16 above =
+                _mm512_cmp_ps_mask(v, _mm512_permutex2var_ps(midpoint[0], c, midpoint[1]), _CMP_NLE_UQ);
+            const __m512i low = _mm512_permutex2var_epi32(lower[0], c, lower[1]);
+            return _mm512_mask_mov_epi32(low, above, _mm512_permutex2var_epi32(upper[0], c, upper[1]));
+        }
+    };
+    struct Search {
+        __m512 m8, m4, m2, m1;
+        __m512i order;
+
+        __m512i operator()(__m512 v) const {
+            __m512i i = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(v, m8, _CMP_NLE_UQ), _mm512_set1_epi32(8));
+            const auto step = [&](__m512 table, int bit) {
+                const __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_permutexvar_ps(i, table), _CMP_NLE_UQ);
+                i = _mm512_mask_or_epi32(i, above, i, _mm512_set1_epi32(bit));
+            };
+            step(m4, 4), step(m2, 2), step(m1, 1);
+            return _mm512_permutexvar_epi32(i, order);
+        }
+    };
+    bool one_a_cell = true;
+    Cells cells;
+    Search search;
+
     explicit WideEncoder(const float* code) : Encoder(code) {
+        float middle[32];
+        int32_t lower[32], upper[32], at[16], below = 0;
+        for (int i = 0; i < 15; ++i) {
+            one_a_cell = one_a_cell && midpoint[i] >= -1.f && midpoint[i] <= 1.f;
+            at[i] = one_a_cell ? _mm_cvtsi128_si32(_mm512_castsi512_si128(cell(_mm512_set1_ps(midpoint[i])))) : 0;
+            one_a_cell = one_a_cell && (i == 0 || at[i] > at[i - 1]);
+        }
+        for (int c = 0; c < 32; ++c) {
+            const bool holds = below < 15 && at[below] == c;
+            middle[c] = holds ? midpoint[below] : __builtin_inff();
+            lower[c] = order[below];
+            below += holds && one_a_cell;
+            upper[c] = order[below];
+        }
+        for (int half = 0; half < 2; ++half) {
+            cells.midpoint[half] = _mm512_loadu_ps(middle + 16 * half);
+            cells.lower[half] = _mm512_loadu_si512(lower + 16 * half);
+            cells.upper[half] = _mm512_loadu_si512(upper + 16 * half);
+        }
         float shifted[16] = {};
-        m8 = _mm512_set1_ps(midpoint[7]);
+        search.m8 = _mm512_set1_ps(midpoint[7]);
         const auto table = [&](int step) {
             for (int i = 0; i + step - 1 < 16; ++i) shifted[i] = midpoint[i + step - 1];
             return _mm512_loadu_ps(shifted);
         };
-        m4 = table(4), m2 = table(2), m1 = table(1);
-        caller_order = _mm512_loadu_si512(order);
+        search.m4 = table(4), search.m2 = table(2), search.m1 = table(1);
+        search.order = _mm512_loadu_si512(order);
     }
-    __m512i wide(__m512 v) const {
-        __m512i i = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(v, m8, _CMP_NLE_UQ), _mm512_set1_epi32(8));
-        const auto step = [&](__m512 table, int bit) {
-            const __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_permutexvar_ps(i, table), _CMP_NLE_UQ);
-            i = _mm512_mask_or_epi32(i, above, i, _mm512_set1_epi32(bit));
-        };
-        step(m4, 4), step(m2, 2), step(m1, 1);
-        return _mm512_permutexvar_epi32(i, caller_order);
+    // 0 .. 31 for v in [-1, 1], and for what rounding leaves just outside.
+    static __m512i cell(__m512 v) {
+        return _mm512_cvttps_epi32(_mm512_fmadd_ps(v, _mm512_set1_ps(15.9f), _mm512_set1_ps(16.f)));
     }
 };
 using BlockEncoder = WideEncoder;
@@ -430,12 +481,19 @@ inline void quantize_block(const float* w, int64_t n, bool last_and_short, float
 #if defined(__AVX512F__)
     if (!infinite && !last_and_short) {
         const __m512 r = _mm512_set1_ps(reciprocal);
-        for (; i + 16 <= n; i += 16) {
-            const __m512i q = encoder.wide(_mm512_mul_ps(_mm512_loadu_ps(w + i), r));
-            // a pair is a 64-bit word (even, odd): even << 4 | odd
-            const __m512i pair = _mm512_or_epi64(_mm512_slli_epi64(q, 4), _mm512_srli_epi64(q, 32));
-            _mm_storel_epi64((__m128i*)(packed + i / 2), _mm512_cvtepi64_epi8(pair));
-        }
+        const auto run = [&](auto wide) {
+            for (; i + 16 <= n; i += 16) {
+                const __m512i q = wide(_mm512_mul_ps(_mm512_loadu_ps(w + i), r));
+                // a pair is a 64-bit word (even, odd): even << 4 | odd
+                const __m512i pair = _mm512_or_epi64(_mm512_slli_epi64(q, 4), _mm512_srli_epi64(q, 32));
+                _mm_storel_epi64((__m128i*)(packed + i / 2), _mm512_cvtepi64_epi8(pair));
+            }
+        };
+        // copies: the compiler would read the tables anew after each store of bytes, which may alias anything
+        if (encoder.one_a_cell)
+            run(WideEncoder::Cells(encoder.cells));
+        else
+            run(WideEncoder::Search(encoder.search));
     }
 #else
     if (!infinite && !last_and_short) {
@@ -479,13 +537,16 @@ void quantize(const In* w, int64_t numel, int64_t block_size, const float* code,
 
 }  // namespace
 
-void TLK_LEVEL::nf4_quantize(const void* w, Dtype dtype, int64_t numel, int64_t block_size, const float* code, uint8_t* packed,
-                  float* absmax, Parallel parallel) {
+void TLK_LEVEL::nf4_quantize(const void* w, Dtype dtype, int64_t numel, int64_t block_size, const float* code,
+                             uint8_t* packed, float* absmax, Parallel parallel) {
     const auto run = [&](auto* p) { quantize(p, numel, block_size, code, packed, absmax, parallel); };
     switch (dtype) {
-        case Dtype::float32: return run(static_cast<const float*>(w));
-        case Dtype::bfloat16: return run(static_cast<const bf16*>(w));
-        case Dtype::float16: return run(static_cast<const f16*>(w));
+        case Dtype::float32:
+            return run(static_cast<const float*>(w));
+        case Dtype::bfloat16:
+            return run(static_cast<const bf16*>(w));
+        case Dtype::float16:
+            return run(static_cast<const f16*>(w));
     }
 }
 
@@ -495,8 +556,8 @@ namespace {
 
 }  // namespace
 
-void TLK_LEVEL::absmax_quantize(const float* absmax, int64_t n, int64_t block_size, float offset, uint8_t* q, float* scale,
-                     Parallel parallel) {
+void TLK_LEVEL::absmax_quantize(const float* absmax, int64_t n, int64_t block_size, float offset, uint8_t* q,
+                                float* scale, Parallel parallel) {
     float midpoint[255];
     for (int i = 0; i < 255; ++i) midpoint[i] = (dynamic_code[i] + dynamic_code[i + 1]) * 0.5f;
     parallel_for(parallel, ceil_div(n, block_size), ceil_div(4096, block_size), [&](int64_t first, int64_t last) {
@@ -528,8 +589,8 @@ float TLK_LEVEL::absmax_mean(const float* absmax, int64_t n) {
     return float(total / double(n));
 }
 
-void TLK_LEVEL::absmax_dequantize(const uint8_t* q, const float* scale, float offset, int64_t n, int64_t block_size, float* absmax,
-                       Parallel parallel) {
+void TLK_LEVEL::absmax_dequantize(const uint8_t* q, const float* scale, float offset, int64_t n, int64_t block_size,
+                                  float* absmax, Parallel parallel) {
     parallel_for(parallel, ceil_div(n, block_size), ceil_div(16384, block_size), [&](int64_t first, int64_t last) {
         for (int64_t b = first; b < last; ++b)
             for (int64_t i = b * block_size; i < min(n, (b + 1) * block_size); ++i)
@@ -553,9 +614,9 @@ struct Arithmetic<bf16> {
 };
 #endif
 
-constexpr int64_t kDepth = 256;               // words along k of a panel: [256][32] words are 32 KiB, in L1
-constexpr int64_t kPackedBytes = 2 << 20;     // of packed activations
-constexpr int64_t kSmallWork = 1 << 16;       // multiply-adds below which a thread is not worth waking
+constexpr int64_t kDepth = 256;            // words along k of a panel: [256][32] words are 32 KiB, in L1
+constexpr int64_t kPackedBytes = 2 << 20;  // of packed activations
+constexpr int64_t kSmallWork = 1 << 16;    // multiply-adds below which a thread is not worth waking
 
 // How many rows of activations are packed at a time: a multiple of the tile's columns.
 inline int64_t row_block(int64_t rows, int64_t depth, int64_t word_bytes, int64_t per_word) {
@@ -623,9 +684,7 @@ struct FewBf16 {
         odd = _mm512_permutexvar_epi16(w, t);
     }
     static Half load_half(const element* x) { return _mm512_load_si512(x); }
-    static __m512 multiply_add(Half w, Half x, __m512 acc) {
-        return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x);
-    }
+    static __m512 multiply_add(Half w, Half x, __m512 acc) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
     static void split(const bf16* x, element* out) {
         alignas(64) uint16_t pick[32];
         for (int i = 0; i < 32; ++i) pick[i] = uint16_t(2 * i);
@@ -647,11 +706,11 @@ struct FewArithmetic<bf16> {
 };
 #endif
 
-constexpr int64_t kFewTile = 8;           // rows of x that share one pass over W: more would spill
-constexpr int64_t kFewRows = 48;          // above, decoding W to L2 once costs less than the passes
-constexpr int64_t kFewFeatures = 32;      // output features of a unit of work
-constexpr int64_t kFewBytes = 32 << 10;   // of split x that stay in L1 while those features pass over it
-constexpr int64_t kPrefetch = 4096;       // bytes ahead in the weight stream
+constexpr int64_t kFewTile = 8;          // rows of x that share one pass over W: more would spill
+constexpr int64_t kFewRows = 48;         // above, decoding W to L2 once costs less than the passes
+constexpr int64_t kFewFeatures = 32;     // output features of a unit of work
+constexpr int64_t kPrefetchRows = 4;     // ahead in the weight stream
+constexpr int64_t kFewBytes = 32 << 10;  // of split x that stay in L1 while those features pass over it
 
 // The sums of 16 vectors, as one vector: a transposition that adds on the way.
 inline __m512 sums(const __m512* a) {
@@ -692,13 +751,14 @@ void few_features(const Weight& w, const RowScales* scales, int64_t first, int64
     for (__m512& a : acc) a = _mm512_setzero_ps();
     const uint8_t* p[F];
     for (int f = 0; f < F; ++f) p[f] = w.packed + (first + f) * in_features / 2;
+    const int64_t ahead = max<int64_t>(kPrefetchRows, F) * in_features / 2;  // beyond the rows read now
     for (int64_t c = c0; c < c1; ++c) {
         const typename T::element* xc = x + c * M * T::chunk;
         typename T::Half even[F], odd[F];
         for (int f = 0; f < F; ++f) {
             const uint8_t* pc = p[f] + c * (T::chunk / 2);
             T::decode(T::table(code, scales[f].at[(scales[f].offset + c * T::chunk) >> shift]), pc, even[f], odd[f]);
-            _mm_prefetch((const char*)pc + kPrefetch, _MM_HINT_T0);
+            _mm_prefetch((const char*)pc + ahead, _MM_HINT_T0);
         }
         for (int m = 0; m < M; ++m) {
             const typename T::Half x_even = T::load_half(xc + m * T::chunk);
@@ -718,13 +778,15 @@ void few_features(const Weight& w, const RowScales* scales, int64_t first, int64
 template <class T, int M, class In>
 void few_rows(const In* x, const Weight& w, const float* bias, int64_t out_features, int64_t in_features, In* y,
               Parallel parallel) {
-    // Enough sums in flight to hide the latency of the products, few enough for the registers: sums and both halves of W.
+    // Enough sums in flight to hide the latency of the products, few enough for the registers: sums and both halves of
+    // W.
     constexpr int F = M <= 4 ? 4 : 2;
     using element = typename T::element;
     const int64_t chunks = in_features / T::chunk;
     Scratch<element> split(M * in_features);
     for (int64_t m = 0; m < M; ++m)
-        for (int64_t c = 0; c < chunks; ++c) T::split(x + m * in_features + c * T::chunk, split + (c * M + m) * T::chunk);
+        for (int64_t c = 0; c < chunks; ++c)
+            T::split(x + m * in_features + c * T::chunk, split + (c * M + m) * T::chunk);
 
     const int64_t chunk_block = max<int64_t>(1, kFewBytes / int64_t(M * T::chunk * sizeof(element)));
     const int64_t row_blocks = (in_features >> w.shift) + 2;
@@ -764,8 +826,8 @@ void few_tile(const In* x, const Weight& w, const float* bias, int64_t rows, int
 
 // Passes over W, each with as many rows of x as the next.
 template <class In>
-void few(const In* x, const Weight& w, const float* bias, int64_t rows, int64_t out_features, int64_t in_features, In* y,
-         Parallel parallel) {
+void few(const In* x, const Weight& w, const float* bias, int64_t rows, int64_t out_features, int64_t in_features,
+         In* y, Parallel parallel) {
     const int64_t passes = ceil_div(rows, kFewTile);
     for (int64_t i = 0, m = 0; i < passes; ++i) {
         const int64_t count = ceil_div(rows - m, passes - i);
@@ -777,7 +839,8 @@ void few(const In* x, const Weight& w, const float* bias, int64_t rows, int64_t 
 
 #endif
 
-// ---- linear: few rows of any shape, on any level: rows of W decoded to L1 ---------------------------------------------
+// ---- linear: few rows of any shape, on any level: rows of W decoded to L1
+// ---------------------------------------------
 
 constexpr int64_t kDotRows = 4;
 
@@ -812,14 +875,15 @@ void dot_rows(const In* x, const Weight& w, const float* bias, int64_t rows, int
     });
 }
 
-// ---- linear: more rows, panels of W decoded to L2 ---------------------------------------------------------------------
+// ---- linear: more rows, panels of W decoded to L2
+// ---------------------------------------------------------------------
 
 constexpr int64_t kFeatureBlock = 4 * kTileRows;  // output features of a unit of work, at the most
 constexpr int64_t kDecodedBytes = 384 << 10;      // of decoded rows of W that stay in L2
 
 template <class T, class In>
-void panel_rows(const In* x, const Weight& w, const float* bias, int64_t rows, int64_t out_features, int64_t in_features,
-                In* y, Parallel parallel) {
+void panel_rows(const In* x, const Weight& w, const float* bias, int64_t rows, int64_t out_features,
+                int64_t in_features, In* y, Parallel parallel) {
     using word = typename T::word;
     constexpr int64_t step = kDepth * T::per_word;  // elements along k of a panel
     const int64_t words = ceil_div(in_features, T::per_word);
@@ -834,23 +898,24 @@ void panel_rows(const In* x, const Weight& w, const float* bias, int64_t rows, i
     for (int64_t m0 = 0; m0 < rows; m0 += block) {
         const int64_t count = min(block, rows - m0), panels = ceil_div(count, kTileCols);
         // packed: for each step along k, for each panel of rows: [words of the step][kTileCols]
-        parallel_for(parallel, panels, ceil_div(kSmallWork / 8, kTileCols * in_features), [&](int64_t first, int64_t last) {
-            Scratch<word> lines(kTileCols * kDepth);
-            for (int64_t p = first; p < last; ++p) {
-                for (int64_t k = 0; k < in_features; k += step) {
-                    const int64_t n = min(step, in_features - k), depth = ceil_div(n, T::per_word);
-                    for (int64_t r = 0; r < kTileCols; ++r) {
-                        const int64_t m = p * kTileCols + r;
-                        if (m < count)
-                            widen<T>(x + (m0 + m) * in_features + k, n, lines + r * kDepth);
-                        else
-                            memset(lines + r * kDepth, 0, size_t(depth) * sizeof(word));
-                    }
-                    word* out = packed + (k / T::per_word * panels + p * depth) * kTileCols;
-                    transpose(lines.data, kTileCols, depth, kDepth, out, kTileCols);
-                }
-            }
-        });
+        parallel_for(parallel, panels, ceil_div(kSmallWork / 8, kTileCols * in_features),
+                     [&](int64_t first, int64_t last) {
+                         Scratch<word> lines(kTileCols * kDepth);
+                         for (int64_t p = first; p < last; ++p) {
+                             for (int64_t k = 0; k < in_features; k += step) {
+                                 const int64_t n = min(step, in_features - k), depth = ceil_div(n, T::per_word);
+                                 for (int64_t r = 0; r < kTileCols; ++r) {
+                                     const int64_t m = p * kTileCols + r;
+                                     if (m < count)
+                                         widen<T>(x + (m0 + m) * in_features + k, n, lines + r * kDepth);
+                                     else
+                                         memset(lines + r * kDepth, 0, size_t(depth) * sizeof(word));
+                                 }
+                                 word* out = packed + (k / T::per_word * panels + p * depth) * kTileCols;
+                                 transpose(lines.data, kTileCols, depth, kDepth, out, kTileCols);
+                             }
+                         }
+                     });
         parallel_for(parallel, ceil_div(out_features, feature_block), 1, [&](int64_t first, int64_t last) {
             const int64_t width = panels * kTileCols;
             Scratch<word> decoded(feature_block * stride);
@@ -863,7 +928,8 @@ void panel_rows(const In* x, const Weight& w, const float* bias, int64_t rows, i
                     if (in_features % T::per_word) row[in_features] = {};
                 }
                 for (int64_t k = 0; k < words; k += kDepth)
-                    multiply<T>(features, panels, min(kDepth, words - k), decoded + k, stride, packed + k * width, c, k > 0);
+                    multiply<T>(features, panels, min(kDepth, words - k), decoded + k, stride, packed + k * width, c,
+                                k > 0);
                 for (int64_t p = 0; p < panels; ++p) {
                     transpose(c + p * features * kTileCols, features, kTileCols, kTileCols, lines.data, feature_block);
                     for (int64_t r = 0; r < min<int64_t>(kTileCols, count - p * kTileCols); ++r) {
@@ -895,22 +961,26 @@ void linear(const In* x, const Weight& w, const float* bias, int64_t rows, int64
 
 }  // namespace
 
-void TLK_LEVEL::nf4_linear(const void* x, Dtype dtype, const Nf4& w, const float* bias, int64_t rows, int64_t out_features,
-                int64_t in_features, void* y, Parallel parallel) {
+void TLK_LEVEL::nf4_linear(const void* x, Dtype dtype, const Nf4& w, const float* bias, int64_t rows,
+                           int64_t out_features, int64_t in_features, void* y, Parallel parallel) {
     if (rows == 0 || out_features == 0) return;
     const auto run = [&]<class In>(const In* in) {
         linear<In>(in, Weight(w), bias, rows, out_features, in_features, static_cast<In*>(y), parallel);
     };
     switch (dtype) {
-        case Dtype::float32: return run(static_cast<const float*>(x));
-        case Dtype::bfloat16: return run(static_cast<const bf16*>(x));
-        case Dtype::float16: return run(static_cast<const f16*>(x));
+        case Dtype::float32:
+            return run(static_cast<const float*>(x));
+        case Dtype::bfloat16:
+            return run(static_cast<const bf16*>(x));
+        case Dtype::float16:
+            return run(static_cast<const f16*>(x));
     }
 }
 
 namespace {
 
-// ---- linear_t --------------------------------------------------------------------------------------------------------
+// ---- linear_t
+// --------------------------------------------------------------------------------------------------------
 
 // The words of two decoded rows side by side: (row0[k], row1[k]) for bfloat16; for float the row itself.
 inline void interleave(const float* row0, const float*, int64_t n, float* out) {
@@ -920,7 +990,7 @@ inline void interleave(const bf16* row0, const bf16* row1, int64_t n, uint32_t* 
     for (int64_t k = 0; k < n; ++k) out[k] = uint32_t(row0[k].bits) | uint32_t(row1[k].bits) << 16;
 }
 
-constexpr int64_t kStepWords = 128;  // along the output features, decoded at a time
+constexpr int64_t kStepWords = 128;   // along the output features, decoded at a time
 constexpr int64_t kMaxColumns = 512;  // input features of a unit of work: decoded W and the sums stay in L2 together
 
 template <class T, class In>
@@ -964,8 +1034,8 @@ void panel_columns(const In* g, const Weight& w, int64_t rows, int64_t out_featu
                                 memset(line + i * columns, 0, size_t(columns) * sizeof(element));
                         }
                         for (int64_t p = 0; p < panels; ++p)
-                            interleave(line + p * kTileCols, line + (T::per_word - 1) * columns + p * kTileCols, kTileCols,
-                                       decoded + (p * depth + d) * kTileCols);
+                            interleave(line + p * kTileCols, line + (T::per_word - 1) * columns + p * kTileCols,
+                                       kTileCols, decoded + (p * depth + d) * kTileCols);
                     }
                     multiply<T>(count, panels, depth, packed + n / T::per_word * count, depth, decoded, c, n > 0);
                 }
@@ -980,8 +1050,8 @@ void panel_columns(const In* g, const Weight& w, int64_t rows, int64_t out_featu
 
 }  // namespace
 
-void TLK_LEVEL::nf4_linear_t(const void* g, Dtype dtype, const Nf4& w, int64_t rows, int64_t out_features, int64_t in_features,
-                  void* gx, Parallel parallel) {
+void TLK_LEVEL::nf4_linear_t(const void* g, Dtype dtype, const Nf4& w, int64_t rows, int64_t out_features,
+                             int64_t in_features, void* gx, Parallel parallel) {
     if (rows == 0 || in_features == 0) return;
     const auto run = [&]<class In>(const In* in) {
         if (out_features == 0)
@@ -991,9 +1061,12 @@ void TLK_LEVEL::nf4_linear_t(const void* g, Dtype dtype, const Nf4& w, int64_t r
                                                          static_cast<In*>(gx), parallel);
     };
     switch (dtype) {
-        case Dtype::float32: return run(static_cast<const float*>(g));
-        case Dtype::bfloat16: return run(static_cast<const bf16*>(g));
-        case Dtype::float16: return run(static_cast<const f16*>(g));
+        case Dtype::float32:
+            return run(static_cast<const float*>(g));
+        case Dtype::bfloat16:
+            return run(static_cast<const bf16*>(g));
+        case Dtype::float16:
+            return run(static_cast<const f16*>(g));
     }
 }
 

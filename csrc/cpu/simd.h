@@ -102,7 +102,8 @@ inline __m256i round_bf16(__m512 x) {
     const __m512i u = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
-    r = _mm512_mask_mov_epi32(_mm512_srli_epi32(r, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    r = _mm512_mask_mov_epi32(_mm512_srli_epi32(r, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                              _mm512_set1_epi32(0x7fc0));
     return _mm512_cvtepi32_epi16(r);
 }
 inline void store(bf16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, round_bf16(x.v)); }
@@ -262,7 +263,8 @@ inline void transpose(const void* in_, int64_t rows, int64_t cols, int64_t in_st
         for (int64_t j = 0; j < whole_cols; j += B)
             transpose_block(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
     for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+        for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j)
+            out[j * out_stride + i] = in[i * in_stride + j];
 }
 
 // ---- memory and work -----------------------------------------------------------------------------------------
@@ -272,7 +274,8 @@ inline void transpose(const void* in_, int64_t rows, int64_t cols, int64_t in_st
 template <class T>
 struct Scratch {
     T* data;
-    explicit Scratch(int64_t n) : data(static_cast<T*>(aligned_alloc(64, size_t(round_up(n * int64_t(sizeof(T)) + 64, 64))))) {
+    explicit Scratch(int64_t n)
+        : data(static_cast<T*>(aligned_alloc(64, size_t(round_up(n * int64_t(sizeof(T)) + 64, 64))))) {
         if (data == nullptr) abort();
     }
     ~Scratch() { free(data); }

@@ -41,7 +41,9 @@ double roofline_read(const py::object& object, int64_t repeats, const Level& lev
     const py::array data = contiguous("roofline_read", "data", object, kUint8, "uint8");
     check_repeats("roofline_read", repeats);
     float sink = 0.0f;
-    return seconds([&] { k.roofline_read(data.data(), static_cast<size_t>(data.nbytes()), repeats, &sink); });
+    const void* from = data.data();
+    const auto bytes = static_cast<size_t>(data.nbytes());
+    return seconds([&] { k.roofline_read(from, bytes, repeats, &sink); });
 }
 
 double roofline_copy(const py::object& out_object, const py::object& object, int64_t repeats, bool streaming,
@@ -57,7 +59,9 @@ double roofline_copy(const py::object& out_object, const py::object& object, int
     }
     if (!out.writeable()) throw py::value_error(sentence(op, ": out is read-only; expected a writable array"));
     void* to = out.mutable_data();
-    return seconds([&] { k.roofline_copy(to, data.data(), static_cast<size_t>(data.nbytes()), repeats, streaming); });
+    const void* from = data.data();
+    const auto bytes = static_cast<size_t>(data.nbytes());
+    return seconds([&] { k.roofline_copy(to, from, bytes, repeats, streaming); });
 }
 
 // (flops done, seconds)

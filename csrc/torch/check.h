@@ -31,20 +31,34 @@ template <class... Parts>
 // The name that a Python user knows.
 inline const char* name_of(ScalarType dtype) {
     switch (dtype) {
-        case ScalarType::Byte: return "uint8";
-        case ScalarType::Char: return "int8";
-        case ScalarType::Short: return "int16";
-        case ScalarType::Int: return "int32";
-        case ScalarType::Long: return "int64";
-        case ScalarType::Half: return "float16";
-        case ScalarType::BFloat16: return "bfloat16";
-        case ScalarType::Float: return "float32";
-        case ScalarType::Double: return "float64";
-        case ScalarType::Bool: return "bool";
-        case ScalarType::ComplexHalf: return "complex32";
-        case ScalarType::ComplexFloat: return "complex64";
-        case ScalarType::ComplexDouble: return "complex128";
-        default: return torch::headeronly::toString(dtype);
+        case ScalarType::Byte:
+            return "uint8";
+        case ScalarType::Char:
+            return "int8";
+        case ScalarType::Short:
+            return "int16";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Long:
+            return "int64";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::Bool:
+            return "bool";
+        case ScalarType::ComplexHalf:
+            return "complex32";
+        case ScalarType::ComplexFloat:
+            return "complex64";
+        case ScalarType::ComplexDouble:
+            return "complex128";
+        default:
+            return torch::headeronly::toString(dtype);
     }
 }
 

@@ -21,8 +21,10 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
 // `code` has the shape and dtype of a table; that its entries are finite is for the device's own code to see.
 inline void check_code(const char* op, const std::optional<Tensor>& code) {
     if (!code) return;
-    if (code->scalar_type() != ScalarType::Float) fail(op, "code has dtype ", name_of(code->scalar_type()), "; expected float32");
-    if (code->dim() != 1 || code->numel() != 16) fail(op, "code has shape ", shape_of(sizes_of(*code)), "; expected (16,)");
+    if (code->scalar_type() != ScalarType::Float)
+        fail(op, "code has dtype ", name_of(code->scalar_type()), "; expected float32");
+    if (code->dim() != 1 || code->numel() != 16)
+        fail(op, "code has shape ", shape_of(sizes_of(*code)), "; expected (16,)");
 }
 
 inline void check_nested(const char* op, const std::optional<Tensor>& scale, const std::optional<Tensor>& offset,
@@ -42,9 +44,10 @@ inline void check_nested(const char* op, const std::optional<Tensor>& scale, con
     if (offset->numel() != 1) fail(op, "absmax_offset has ", offset->numel(), " elements; expected 1");
 }
 
-inline WeightArgs check_weight(const char* op, const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& code,
-                               const std::optional<Tensor>& absmax_scale, const std::optional<Tensor>& absmax_offset,
-                               int64_t numel, int64_t block_size, int64_t absmax_block_size, const Tensor& like) {
+inline WeightArgs check_weight(const char* op, const Tensor& packed, const Tensor& absmax,
+                               const std::optional<Tensor>& code, const std::optional<Tensor>& absmax_scale,
+                               const std::optional<Tensor>& absmax_offset, int64_t numel, int64_t block_size,
+                               int64_t absmax_block_size, const Tensor& like) {
     check_block_size(op, "block_size", block_size);
     check_block_size(op, "absmax_block_size", absmax_block_size);
     check_code(op, code);
@@ -54,7 +57,8 @@ inline WeightArgs check_weight(const char* op, const Tensor& packed, const Tenso
         fail(op, "packed has dtype ", name_of(storage), "; expected uint8 (or a float view of the bytes)");
     }
     const int64_t bytes = packed.numel() * int64_t(packed.element_size()), want = (numel + 1) / 2;
-    if (bytes != want) fail(op, "packed holds ", bytes, " bytes; expected ", want, " for ", numel, " elements of 4 bits");
+    if (bytes != want)
+        fail(op, "packed holds ", bytes, " bytes; expected ", want, " for ", numel, " elements of 4 bits");
     const int64_t blocks = (numel + block_size - 1) / block_size;
     if (absmax.dim() != 1 || absmax.numel() != blocks) {
         fail(op, "absmax has shape ", shape_of(sizes_of(absmax)), "; expected (", blocks, ",): ", numel,
@@ -89,8 +93,8 @@ inline Sizes check_product(const char* op, const char* name, const Tensor& x, in
     checked_numel(op, {out_features, in_features});
     const int64_t want = transposed ? out_features : in_features, got = x.dim() == 0 ? 0 : x.size(x.dim() - 1);
     if (x.dim() == 0 || got != want) {
-        fail(op, name, " has ", got, " features, but the weight was quantized from shape (", out_features, ", ", in_features,
-             "); expected ", name, ".shape[-1] == ", want);
+        fail(op, name, " has ", got, " features, but the weight was quantized from shape (", out_features, ", ",
+             in_features, "); expected ", name, ".shape[-1] == ", want);
     }
     Sizes sizes = sizes_of(x);
     sizes.back() = transposed ? in_features : out_features;

@@ -23,8 +23,7 @@ from tolerances import TOLERANCES, assert_product, relative_error
 from torch import Tensor
 
 import tlkernels
-from tlkernels.ops import FP4_CODE, NF4Weight
-from tlkernels.ops import _registry
+from tlkernels.ops import FP4_CODE, NF4Weight, _registry
 from tlkernels.ops import nf4 as ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -427,6 +426,13 @@ def test_products_of_any_block_size(backend: str, block_size: int, dtype: torch.
         weight = ops.nf4_quantize(randn(*shape), block_size=block_size)
         for rows in (1, 5, 70):
             assert_linear_and_transpose(weight, rows, dtype)
+
+
+def test_the_op_for_many_rows_is_the_linear_op(backend: str, nf4_calls: Any) -> None:
+    for dtype in DTYPES:
+        arguments = nf4_calls(45, 130, rows=70, dtype=dtype)["nf4_linear"]
+        expected = torch.ops.tlkernels.nf4_linear(**arguments)
+        assert_same_product(backend, torch.ops.tlkernels.nf4_linear_many(**arguments), expected, dtype)
 
 
 @pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)

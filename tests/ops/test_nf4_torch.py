@@ -22,7 +22,7 @@ OUT, IN = 24, 50
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPS = [
     "nf4_quantize", "absmax_quantize", "absmax_dequantize", "nf4_dequantize", "nf4_dequantize.out", "nf4_linear",
-    "nf4_linear_t", "nf4_embedding",
+    "nf4_linear_many", "nf4_linear_t", "nf4_embedding",
 ]  # fmt: skip
 
 

@@ -12,11 +12,11 @@ namespace tlk {
 namespace {
 
 // torch's own threads, so that torch.set_num_threads holds.
-const Parallel kTorchPool = {
-    [](void*, int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* ctx) {
-        torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
-    },
-    nullptr};
+const Parallel kTorchPool = {[](void*, int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* ctx) {
+                                 torch::stable::parallel_for(
+                                     0, n, grain, [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
+                             },
+                             nullptr};
 
 Dtype dtype_of(ScalarType t) {
     return t == ScalarType::Float ? Dtype::float32 : t == ScalarType::BFloat16 ? Dtype::bfloat16 : Dtype::float16;
@@ -79,7 +79,8 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor w, MaybeTensor code, int64_t bloc
     Tensor packed = allocate({(numel + 1) / 2}, ScalarType::Byte, w);
     Tensor absmax = allocate({(numel + block_size - 1) / block_size}, ScalarType::Float, w);
     kernels().nf4_quantize(flat.data_ptr(), dtype_of(flat.scalar_type()), numel, block_size, table,
-                           static_cast<uint8_t*>(packed.data_ptr()), static_cast<float*>(absmax.data_ptr()), kTorchPool);
+                           static_cast<uint8_t*>(packed.data_ptr()), static_cast<float*>(absmax.data_ptr()),
+                           kTorchPool);
     return {packed, absmax};
 }
 
@@ -123,15 +124,15 @@ Tensor absmax_dequantize(Tensor q, Tensor scale, Tensor offset, int64_t block_si
     return absmax;
 }
 
-Tensor nf4_dequantize(Tensor packed, Tensor absmax, MaybeTensor code, MaybeTensor scale, MaybeTensor offset, Sizes shape,
-                      ScalarType dtype, int64_t block_size, int64_t absmax_block_size) {
+Tensor nf4_dequantize(Tensor packed, Tensor absmax, MaybeTensor code, MaybeTensor scale, MaybeTensor offset,
+                      Sizes shape, ScalarType dtype, int64_t block_size, int64_t absmax_block_size) {
     const char* op = "nf4_dequantize";
     const int64_t numel = checked_numel(op, shape);
     if (!is_float(dtype)) fail(op, "dtype is ", name_of(dtype), "; expected float32, bfloat16, float16 or float64");
     const auto w = check_weight(op, packed, absmax, code, scale, offset, numel, block_size, absmax_block_size, packed);
     if (dtype == ScalarType::Double) {
-        return call_reference("tlkernels_reference::nf4_dequantize", "", packed, absmax, code, scale, offset, shape, dtype,
-                              block_size, absmax_block_size);
+        return call_reference("tlkernels_reference::nf4_dequantize", "", packed, absmax, code, scale, offset, shape,
+                              dtype, block_size, absmax_block_size);
     }
     const Nf4 nf4 = view(op, w);
     Tensor out = allocate(shape, dtype, packed);
@@ -139,15 +140,15 @@ Tensor nf4_dequantize(Tensor packed, Tensor absmax, MaybeTensor code, MaybeTenso
     return out;
 }
 
-void nf4_dequantize_out(Tensor packed, Tensor absmax, MaybeTensor code, MaybeTensor scale, MaybeTensor offset, Sizes shape,
-                        int64_t block_size, int64_t absmax_block_size, Tensor out) {
+void nf4_dequantize_out(Tensor packed, Tensor absmax, MaybeTensor code, MaybeTensor scale, MaybeTensor offset,
+                        Sizes shape, int64_t block_size, int64_t absmax_block_size, Tensor out) {
     const char* op = "nf4_dequantize";
     const int64_t numel = checked_numel(op, shape);
     check_out(op, out, shape, packed);
     const auto w = check_weight(op, packed, absmax, code, scale, offset, numel, block_size, absmax_block_size, packed);
     if (out.scalar_type() == ScalarType::Double) {
-        torch::stable::copy_(out, nf4_dequantize(packed, absmax, code, scale, offset, shape, ScalarType::Double, block_size,
-                                                 absmax_block_size));
+        torch::stable::copy_(out, nf4_dequantize(packed, absmax, code, scale, offset, shape, ScalarType::Double,
+                                                 block_size, absmax_block_size));
         return;
     }
     kernels().nf4_dequantize(view(op, w), out.data_ptr(), dtype_of(out.scalar_type()), kTorchPool);
@@ -169,9 +170,9 @@ Tensor nf4_linear(Tensor x, Tensor packed, Tensor absmax, MaybeTensor code, Mayb
     if (bias) bias = dense(torch::stable::to(*bias, ScalarType::Float));
     const Tensor rows = dense(x);
     Tensor y = allocate(sizes, x.scalar_type(), x);
-    kernels().nf4_linear(rows.data_ptr(), dtype_of(x.scalar_type()), nf4,
-                         bias ? static_cast<const float*>(bias->data_ptr()) : nullptr,
-                         out_features == 0 ? 0 : y.numel() / out_features, out_features, in_features, y.data_ptr(), kTorchPool);
+    kernels().nf4_linear(
+        rows.data_ptr(), dtype_of(x.scalar_type()), nf4, bias ? static_cast<const float*>(bias->data_ptr()) : nullptr,
+        out_features == 0 ? 0 : y.numel() / out_features, out_features, in_features, y.data_ptr(), kTorchPool);
     return y;
 }
 
@@ -195,9 +196,9 @@ Tensor nf4_linear_t(Tensor grad_output, Tensor packed, Tensor absmax, MaybeTenso
     return grad_x;
 }
 
-Tensor nf4_embedding(Tensor indices, Tensor packed, Tensor absmax, MaybeTensor code, MaybeTensor scale, MaybeTensor offset,
-                     int64_t num_embeddings, int64_t embedding_dim, ScalarType dtype, int64_t block_size,
-                     int64_t absmax_block_size) {
+Tensor nf4_embedding(Tensor indices, Tensor packed, Tensor absmax, MaybeTensor code, MaybeTensor scale,
+                     MaybeTensor offset, int64_t num_embeddings, int64_t embedding_dim, ScalarType dtype,
+                     int64_t block_size, int64_t absmax_block_size) {
     const char* op = "nf4_embedding";
     check_indices(op, indices, num_embeddings, embedding_dim);
     if (!is_float(dtype)) fail(op, "dtype is ", name_of(dtype), "; expected float32, bfloat16, float16 or float64");
