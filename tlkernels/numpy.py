@@ -403,7 +403,7 @@ def _out_dtype(op: str, weight: NF4Array, dtype: DTypeLike | str | None, out: ND
         raise ValueError(f"{op}: out is read-only; expected a writable array")
     if out.dtype == np.uint16 and dtype is None and _name(weight.dtype) == "bfloat16":
         return "bfloat16"
-    return _floats(op, "out", out, dtype)[1]  # type: ignore[no-any-return]
+    return _floats(op, "out", out, dtype)[1]
 
 
 def nf4_linear(

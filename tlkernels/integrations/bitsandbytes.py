@@ -168,7 +168,7 @@ def quantization_config(model: nn.Module) -> Any:
     if len(tables) != 1 or tables == {"table"}:
         raise ValueError(f"quantization_config: the 4-bit tables are {sorted(tables)}; expected all 'nf4' or all 'fp4'")
     first = next(iter(layers.values()))
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=tables.pop(),
         bnb_4bit_use_double_quant=first.double_quant,

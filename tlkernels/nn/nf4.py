@@ -127,7 +127,7 @@ class _NF4Module(nn.Module):
         ours = {id(buffer) for buffer in self._buffers.values() if buffer is not None}
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
         self.dtype = probe.dtype if probe.is_floating_point() else self.dtype
-        return super()._apply(lambda t: _moved(t, fn) if id(t) in ours else fn(t), recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(lambda t: _moved(t, fn) if id(t) in ours else fn(t), recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for suffix, tensor in _nf4_state.write(self.nf4_weight).items():

@@ -234,7 +234,7 @@ def _progress_bar(total: int, show: bool | None) -> Iterator[Callable[[int], obj
             task = bar.add_task("quantizing", total=total)
             yield lambda size: bar.advance(task, size)
     else:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         with tqdm(total=total, desc="quantizing", unit="w", unit_scale=True, leave=False, file=sys.stderr) as bar:
             yield bar.update

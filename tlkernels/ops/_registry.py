@@ -88,15 +88,15 @@ def define(
         _autograd_function(name, len(arguments) - len(kwonly), kwonly, setup_context, backward),
     )  # fmt: skip
     OPS[name] = op
-    if backward is not None:
+    if backward is not None and setup_context is not None:
         positional = len(arguments) - len(kwonly)
-        if kwonly:
 
-            def setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-                setup_context(ctx, (*inputs, *(keyword_only_inputs[k] for k in kwonly)), output)
-
-        else:
-            setup = setup_context
+        # torch passes keyword_only_inputs, by that name, only where an op has some
+        def setup(
+            ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: dict[str, Any] | None = None
+        ) -> None:
+            given = keyword_only_inputs or {}
+            setup_context(ctx, (*inputs, *(given[k] for k in kwonly)), output)
 
         def formula(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
             return backward(ctx, *grads)[:positional]

@@ -236,7 +236,9 @@ def _reference_absmax_quantize(
         )
     _check_block_size(op, block_size)
     if offset is not None and (offset.dtype != torch.float32 or offset.numel() != 1):
-        raise TypeError(f"{op}: offset has dtype {_name(offset.dtype)} and {offset.numel()} elements; expected 1 float32")
+        raise TypeError(
+            f"{op}: offset has dtype {_name(offset.dtype)} and {offset.numel()} elements; expected 1 float32"
+        )
     _check_device(op, absmax.device, offset=offset)
     if offset is None:
         offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
@@ -263,7 +265,7 @@ def _decode(
     absmax_scale: Tensor | None, absmax_offset: Tensor | None, absmax_block_size: int,
 ) -> Tensor:  # fmt: skip
     """The flat float32 values code[nibble] * absmax."""
-    if absmax.dtype == torch.uint8:
+    if absmax_scale is not None and absmax_offset is not None:
         absmax = _reference_absmax_dequantize(absmax, absmax_scale, absmax_offset, block_size=absmax_block_size)
     p = packed.contiguous().view(torch.uint8).reshape(-1)
     index = torch.stack([p >> 4, p & 15], 1).view(-1)[:numel]
@@ -307,7 +309,8 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]
 
 
 def _reference_nf4_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None,
+    absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     bias: Tensor | None, out_features: int, in_features: int, *, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
     op, nested = "nf4_linear", (absmax_scale, absmax_offset, absmax_block_size)
@@ -322,7 +325,8 @@ def _reference_nf4_linear(
 
 
 def _reference_nf4_linear_t(
-    grad_output: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
+    grad_output: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None,
+    absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     out_features: int, in_features: int, *, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
     op, nested = "nf4_linear_t", (absmax_scale, absmax_offset, absmax_block_size)
@@ -336,7 +340,8 @@ def _reference_nf4_linear_t(
 
 
 def _reference_nf4_embedding(
-    indices: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
+    indices: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None,
+    absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     num_embeddings: int, embedding_dim: int, *, dtype: torch.dtype, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
     op, nested = "nf4_embedding", (absmax_scale, absmax_offset, absmax_block_size)
@@ -557,7 +562,7 @@ def _matrix(op: str, weight: NF4Weight) -> tuple[int, int]:
     if not isinstance(weight, NF4Weight):
         raise TypeError(f"{op}: weight is a {type(weight).__name__}; expected an NF4Weight, as nf4_quantize returns it")
     if len(weight.shape) != 2:
-        raise ValueError(f"{op}: weight was quantized from shape {tuple(weight.shape)}; expected a matrix (2 dimensions)")
+        raise ValueError(f"{op}: weight was quantized from shape {tuple(weight.shape)}; expected 2 dimensions")
     return weight.shape[0], weight.shape[1]
 
 
@@ -709,7 +714,7 @@ def nf4_dequantize(weight: NF4Weight, *, dtype: torch.dtype | None = None, out: 
         dtype = weight.dtype if dtype is None else dtype
         return call("nf4_dequantize", *_tensors(weight), weight.shape, dtype=dtype, **_blocks_of(weight))
     if dtype is not None and dtype != out.dtype:
-        raise TypeError(f"nf4_dequantize: dtype is {_name(dtype)}, but out has dtype {_name(out.dtype)}; expected equal")
+        raise TypeError(f"nf4_dequantize: dtype is {_name(dtype)}, but out has {_name(out.dtype)}; expected equal")
     call("nf4_dequantize.out", *_tensors(weight), weight.shape, **_blocks_of(weight), out=out)
     return out
 
