@@ -69,7 +69,7 @@ asan: venv
 	PYTHONPATH=$(ASAN) TLKERNELS_REQUIRE=cpu OMP_NUM_THREADS=1 \
 	TLKERNELS_BUILD_DIR=$$(echo $(CURDIR)/build/asan-cpython-*) \
 	bash tests/packaging/run_outside_tree.sh $(BIN)/python -n 2 -m "not slow and not packaging" \
-	    tests/ops tests/packaging/test_symbols.py -k "cpu or kernel_objects"
+	    tests/ops tests/test_numpy.py tests/packaging/test_symbols.py -k "cpu or test_numpy or kernel_objects"
 
 clean:
 	rm -rf build dist wheelhouse *.egg-info tlkernels/*.so tlkernels/triton_kernels $(VENV)/.built

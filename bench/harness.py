@@ -156,6 +156,8 @@ def _take_turns(contenders: list[_Contender], clock: Callable[[Run, float], list
 
 
 def _quota(estimate: float, effort: Effort) -> int:
+    if estimate > SLOW_CALL_SECONDS:  # of a slow call one sample says enough, beside those that are not
+        return 1
     return int(min(max(effort.seconds / max(estimate, MIN_SAMPLE_SECONDS), effort.least), effort.most))
 
 
