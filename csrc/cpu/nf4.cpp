@@ -8,9 +8,10 @@
 //   linear      y = x W^T, 2 flops a weight and row. Three ways, by the number of rows:
 //               few rows    the weight streams by once, 0.56 bytes an element, and is decoded in registers. Even and
 //                           odd elements stay apart (a nibble shift each), so x is split that way first.
-//               more rows   a panel of W is decoded to L2 once and multiplied with up to kRowBlock rows of x by the
-//                           tile engine: elements of W are broadcast, rows of x are the lanes.
-//               any shape   without vector alignment (in_features not a multiple of 64): rows are decoded to L1.
+//               more rows   whole rows of W are decoded to L2 once and multiplied with a block of rows of x by the tile
+//                           engine: elements of W are broadcast, rows of x are the lanes.
+//               any shape   few rows, where in_features is not a multiple of 64 or the level has no such registers:
+//                           a row of W at a time is decoded to L1.
 //   linear_t    gx = gy W: the same engine with W's decoded rows as the lanes, gy broadcast.
 //
 // A dense copy of W never exists: the largest scratch is the packed block of activations (kPackedBytes).
@@ -731,15 +732,14 @@ inline __m512 sums(const __m512* a) {
 struct RowScales {
     const float* at;
     int64_t offset;  // of the row within its first block
-    RowScales(const Weight& w, int64_t row, int64_t in_features, float* buffer) {
-        const int64_t begin = row * in_features, first = begin >> w.shift;
-        offset = begin & (w.block_size - 1);
-        at = w.absmax != nullptr ? w.absmax + first : buffer;
-        if (w.absmax != nullptr) return;
-        const int64_t count = ((begin + in_features - 1) >> w.shift) - first + 1;
-        for (int64_t b = 0; b < count; ++b) buffer[b] = w.scale(first + b);
-    }
 };
+inline RowScales row_scales(const Weight& w, int64_t row, int64_t in_features, float* buffer) {
+    const int64_t begin = row * in_features, first = begin >> w.shift, offset = begin & (w.block_size - 1);
+    if (w.absmax != nullptr) return {w.absmax + first, offset};
+    const int64_t count = ((begin + in_features - 1) >> w.shift) - first + 1;
+    for (int64_t b = 0; b < count; ++b) buffer[b] = w.scale(first + b);
+    return {buffer, offset};
+}
 
 // out[f][m] (+)= sum over chunks [c0, c1) of W[first + f] . x[m], for F features at once: x is loaded once for them.
 template <class T, int M, int F>
@@ -796,9 +796,8 @@ void few_rows(const In* x, const Weight& w, const float* bias, int64_t out_featu
         float out[kFewFeatures][M];
         for (int64_t u = first; u < last; ++u) {
             const int64_t n0 = u * kFewFeatures, count = min(kFewFeatures, out_features - n0);
-            alignas(RowScales) unsigned char storage[kFewFeatures * sizeof(RowScales)];
-            auto* scales = reinterpret_cast<RowScales*>(storage);
-            for (int64_t f = 0; f < count; ++f) scales[f] = RowScales(w, n0 + f, in_features, buffer + f * row_blocks);
+            RowScales scales[kFewFeatures];
+            for (int64_t f = 0; f < count; ++f) scales[f] = row_scales(w, n0 + f, in_features, buffer + f * row_blocks);
             for (int64_t c0 = 0; c0 < chunks; c0 += chunk_block) {
                 const int64_t c1 = min(chunks, c0 + chunk_block);
                 int64_t f = 0;
