@@ -562,7 +562,7 @@ def _matrix(op: str, weight: NF4Weight) -> tuple[int, int]:
     if not isinstance(weight, NF4Weight):
         raise TypeError(f"{op}: weight is a {type(weight).__name__}; expected an NF4Weight, as nf4_quantize returns it")
     if len(weight.shape) != 2:
-        raise ValueError(f"{op}: weight was quantized from shape {tuple(weight.shape)}; expected 2 dimensions")
+        raise ValueError(f"{op}: weight was quantized from shape {tuple(weight.shape)}; expected a matrix")
     return weight.shape[0], weight.shape[1]
 
 
