@@ -714,7 +714,9 @@ def nf4_dequantize(weight: NF4Weight, *, dtype: torch.dtype | None = None, out: 
         dtype = weight.dtype if dtype is None else dtype
         return call("nf4_dequantize", *_tensors(weight), weight.shape, dtype=dtype, **_blocks_of(weight))
     if dtype is not None and dtype != out.dtype:
-        raise TypeError(f"nf4_dequantize: dtype is {_name(dtype)}, but out has {_name(out.dtype)}; expected equal")
+        raise TypeError(
+            f"nf4_dequantize: dtype is {_name(dtype)}, but out has dtype {_name(out.dtype)}; expected the same"
+        )
     call("nf4_dequantize.out", *_tensors(weight), weight.shape, **_blocks_of(weight), out=out)
     return out
 
