@@ -118,3 +118,57 @@ def nf4_calls() -> Callable[..., dict[str, dict[str, Any]]]:
         }  # fmt: skip
 
     return calls
+
+
+@pytest.fixture(scope="session")
+def lora_calls(nf4_calls: Callable[..., dict[str, dict[str, Any]]]) -> Callable[..., dict[str, dict[str, Any]]]:
+    """`lora_calls(out_features, in_features, ...)`: the arguments of a right call of every lora op, by its name."""
+
+    def calls(
+        out_features: int, in_features: int, *, rows: int = 5, rank: int = 3, adapters: int = 4,
+        dtype: torch.dtype = torch.float32, factor_dtype: torch.dtype | None = None, nested: bool = False,
+        block_size: int = 64, dropout: float = 0.25,
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
+        generator = torch.Generator().manual_seed(1)
+
+        def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        def draw(low: int, high: int, n: int) -> torch.Tensor:
+            return torch.randint(low, high, (n,), generator=generator)
+
+        right = nf4_calls(out_features, in_features, rows=rows, dtype=dtype, nested=nested, block_size=block_size)
+        dense, linear = {"weight": right["nf4_quantize"]["w"]}, right["nf4_linear"]
+        packed = {k: linear[k] for k in ("packed", "absmax", "code", "absmax_scale", "absmax_offset")}
+        sizes = {k: linear[k] for k in ("out_features", "in_features")}
+        blocks = {k: linear[k] for k in ("block_size", "absmax_block_size")}
+        x, bias, grad_output = {"x": linear["x"]}, {"bias": linear["bias"]}, {"grad_output": randn(rows, out_features)}
+        s, ds = {"s": randn(rows, rank)}, {"ds": randn(rows, rank)}
+        kind = factor_dtype or dtype
+        factors = {
+            "lora_a": randn(rank, in_features, dtype=kind) / max(1, in_features) ** 0.5,
+            "lora_b": randn(out_features, rank, dtype=kind),
+        }
+        rng = {"rng": torch.tensor([2**40 + 17, -(2**35)])}
+        noise, scaling = {"dropout": dropout}, {"scaling": 0.75}
+        ids, ranks = {"adapter_ids": draw(-1, adapters, rows)}, {"ranks": draw(0, rank + 1, adapters)}
+        a, b = (randn(adapters, *factors[name].shape, dtype=kind) for name in ("lora_a", "lora_b"))
+        group = {"lora_a": a, "lora_b": b, **ids, "scalings": randn(adapters, dtype=torch.float32), **ranks}
+        grad_x = {"lora_a": factors["lora_a"], **rng}
+        return {
+            "lora_linear": {**x, **dense, **bias, **factors, **rng, **scaling, **noise},
+            "nf4_lora_linear": {**x, **packed, **bias, **factors, **rng, **sizes, **scaling, **noise, **blocks},
+            "lora_grad_ab": {**grad_output, **x, **s, **factors, **rng, **scaling, **noise},
+            "lora_grad_x": {**grad_output, **dense, **ds, **grad_x, **noise},
+            "nf4_lora_grad_x": {**grad_output, **packed, **ds, **grad_x, **sizes, **noise, **blocks},
+            "lora_dropout_mask": {**rng, "rows": rows, "cols": in_features, "p": dropout},
+            "lora_linear_grouped": {**x, **dense, **bias, **group},
+            "lora_grouped_grad": {**grad_output, **x, **s, **group},
+            "lora_grouped_grad_x": {**grad_output, **dense, **ds, "lora_a": a, **ids, **ranks},
+            "lora_grouped_delta_": {"y": randn(rows, out_features + 3), **x, **group, "start": 2},
+            "dora_weight_norm": {**dense, **factors, **scaling},
+            "nf4_dora_weight_norm": {**packed, **factors, **sizes, **scaling, **blocks},
+            "lora_merge_": {"weight": dense["weight"].clone(), **factors, **scaling},
+        }
+
+    return calls

@@ -48,6 +48,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tlkernels.ops import _common
 from tlkernels.ops import nf4 as ops
 from tlkernels.ops._registry import interpreting
 
@@ -340,10 +341,10 @@ def nf4_quantize(w: Tensor, code: Tensor | None = None, *, block_size: int = 64)
     """Run the op ``nf4_quantize``; see `tlkernels.ops.nf4_quantize`."""
     if w.dtype == torch.float64:
         return ops._reference_nf4_quantize(w, code, block_size=block_size)
-    ops._check_float("nf4_quantize", w=w)
+    _common.check_float("nf4_quantize", w=w)
     ops._check_block_size("nf4_quantize", block_size)
     ops._check_code("nf4_quantize", code)
-    ops._check_device("nf4_quantize", w.device, code=code)
+    _common.check_device("nf4_quantize", w.device, code=code)
     numel, nbytes = w.numel(), (w.numel() + 1) // 2
     packed = torch.empty(nbytes, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=w.device)
@@ -371,7 +372,7 @@ def nf4_dequantize(
     blocks = {"block_size": block_size, "absmax_block_size": absmax_block_size}
     if dtype not in _FUSED_ROWS:  # float64, or an error
         return ops._reference_nf4_dequantize(*weight, shape, dtype=dtype, **blocks)
-    numel = ops._numel("nf4_dequantize", shape)
+    numel = _common.checked_numel("nf4_dequantize", shape)
     _check_weight("nf4_dequantize", *weight, numel, packed.device, **blocks)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     _dequantize(_operands(*weight), out, block_size, absmax_block_size)
@@ -390,7 +391,7 @@ def nf4_dequantize_out(
     if not fits or out.dtype not in _FUSED_ROWS:
         ops._reference_nf4_dequantize_out(*weight, shape, **blocks, out=out)
         return
-    _check_weight("nf4_dequantize", *weight, ops._numel("nf4_dequantize", shape), packed.device, **blocks)
+    _check_weight("nf4_dequantize", *weight, _common.checked_numel("nf4_dequantize", shape), packed.device, **blocks)
     _dequantize(_operands(*weight), out, block_size, absmax_block_size)
 
 

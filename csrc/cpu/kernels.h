@@ -38,8 +38,56 @@ struct Nf4 {
     const float* code;   // 16 entries
 };
 
+// C = A B^T on the tile engine: C[i][j] = sum_k A(i, k) B(j, k), of one dtype, C contiguous [m][n]. An operand stands
+// as [rows][k], or `across` as [k][rows]; `map`
+// is applied to the elements of both before they are multiplied. Mixed layouts are for single plain products, maps for
+// float32.
+struct Gemm {
+    enum Map { plain, squared, scaled, shifted };
+    const void *a, *b;
+    void* c;
+    int64_t m, n, k;
+    int64_t a_stride, b_stride;  // between the rows of what stands in memory
+    bool a_across, b_across;
+    bool symmetric;          // A is B: half of the work
+    int64_t batch;           // this many products, one after another in memory
+    const int64_t* offsets;  // ragged: batch + 1 bounds among the rows of A and C, instead of m; not across
+    Map map;
+    float factor;
+    const float* mean;  // along the contiguous axis
+};
+
+// A frozen weight [out_features][in_features]: dense, of the activations' dtype, or 4-bit.
+struct Base {
+    const void* dense;  // null: nf4
+    Nf4 nf4;
+};
+
+// The update of a linear layer by factors of low rank, both of the activations' dtype and contiguous.
+struct Lora {
+    const void* a;  // [rank][in_features]
+    const void* b;  // [out_features][rank]
+    int64_t rank;
+    float scaling;
+    float dropout;  // 0: rng is not read
+    uint64_t seed, offset;
+};
+
+// Many of them in one batch. Row order[i], for i from offsets[l] on and below offsets[l + 1], has adapter l.
+struct LoraGroup {
+    const void* a;  // [adapters][rank][in_features]
+    const void* b;  // [adapters][out_features][rank]
+    int64_t adapters, rank;
+    const int64_t* order;
+    const int64_t* offsets;
+    const float* scalings;  // [adapters]
+    const int64_t* ranks;   // [adapters], each at most `rank`
+};
+
 struct Kernels {
     const char* level;
+
+    void (*gemm)(const Gemm& g, Dtype dtype, Parallel parallel);
 
     // packed[ceil(numel / 2)], absmax[ceil(numel / block_size)] from w[numel]; code has 16 finite entries in any order.
     void (*nf4_quantize)(const void* w, Dtype dtype, int64_t numel, int64_t block_size, const float* code,
@@ -67,6 +115,42 @@ struct Kernels {
     // out[n, embedding_dim] = rows of W; every index is in [0, w.numel / embedding_dim).
     void (*nf4_embedding)(const int64_t* indices, int64_t n, const Nf4& w, int64_t embedding_dim, void* out,
                           Dtype dtype, Parallel parallel);
+
+    // y[rows][out] = x W^T + bias + s B^T and s[rows][rank] = scaling drop(x) A^T; bias float32 or null.
+    void (*lora_linear)(const void* x, Dtype dtype, const Base& w, const float* bias, const Lora& lora, int64_t rows,
+                        int64_t out_features, int64_t in_features, void* y, void* s, Parallel parallel);
+    // ds[rows][rank] = scaling g B, grad_a[rank][in] = ds^T drop(x), grad_b[out][rank] = g^T s, the last two float32.
+    void (*lora_grad_ab)(const void* g, const void* x, const void* s, Dtype dtype, const Lora& lora, int64_t rows,
+                         int64_t out_features, int64_t in_features, void* ds, float* grad_a, float* grad_b,
+                         Parallel parallel);
+    // grad_x[rows][in] = g W + drop'(ds A); lora.b is not read.
+    void (*lora_grad_x)(const void* g, Dtype dtype, const Base& w, const void* ds, const Lora& lora, int64_t rows,
+                        int64_t out_features, int64_t in_features, void* grad_x, Parallel parallel);
+    // mask[rows][cols] = 1 where kept, else 0.
+    void (*lora_dropout_mask)(uint64_t seed, uint64_t offset, float p, int64_t rows, int64_t cols, uint8_t* mask,
+                              Parallel parallel);
+
+    // As lora_linear, with an adapter for each row; y may be null (s alone).
+    void (*lora_linear_grouped)(const void* x, Dtype dtype, const void* w, const float* bias, const LoraGroup& group,
+                                int64_t rows, int64_t out_features, int64_t in_features, void* y, void* s,
+                                Parallel parallel);
+    // y[row][0 .. out_features) += the row's update; rows of y are y_stride apart.
+    void (*lora_grouped_delta)(const void* x, Dtype dtype, const LoraGroup& group, int64_t rows, int64_t out_features,
+                               int64_t in_features, void* y, int64_t y_stride, Parallel parallel);
+    // grad_a[adapters][rank][in], grad_b[adapters][out][rank], float32.
+    void (*lora_grouped_grad)(const void* g, const void* x, const void* s, Dtype dtype, const LoraGroup& group,
+                              int64_t rows, int64_t out_features, int64_t in_features, void* ds, float* grad_a,
+                              float* grad_b, Parallel parallel);
+    void (*lora_grouped_grad_x)(const void* g, Dtype dtype, const void* w, const void* ds, const LoraGroup& group,
+                                int64_t rows, int64_t out_features, int64_t in_features, void* grad_x,
+                                Parallel parallel);
+
+    // norm[out_features] of the rows of W + scaling B A; a and b float32.
+    void (*dora_weight_norm)(const Base& w, Dtype dtype, const float* a, const float* b, int64_t rank, float scaling,
+                             int64_t out_features, int64_t in_features, float* norm, Parallel parallel);
+    // weight[out_features][in_features] += scaling B A, rounded once; a and b float32.
+    void (*lora_merge)(void* weight, Dtype dtype, const float* a, const float* b, int64_t rank, float scaling,
+                       int64_t out_features, int64_t in_features, Parallel parallel);
 
     // The machine's own ceilings, for the benchmarks: each runs `repeats` times over its data on the calling
     // thread; the caller takes the time. read/copy stream `bytes`; the arithmetic loops return flops done.

@@ -15,6 +15,7 @@ struct Pointee<R (*)(Args...)> {
 template <class Pointer>
 using Function = typename Pointee<Pointer>::type;
 
+Function<decltype(Kernels::gemm)> gemm;
 Function<decltype(Kernels::nf4_quantize)> nf4_quantize;
 Function<decltype(Kernels::absmax_quantize)> absmax_quantize;
 Function<decltype(Kernels::absmax_mean)> absmax_mean;
@@ -23,6 +24,16 @@ Function<decltype(Kernels::nf4_dequantize)> nf4_dequantize;
 Function<decltype(Kernels::nf4_linear)> nf4_linear;
 Function<decltype(Kernels::nf4_linear_t)> nf4_linear_t;
 Function<decltype(Kernels::nf4_embedding)> nf4_embedding;
+Function<decltype(Kernels::lora_linear)> lora_linear;
+Function<decltype(Kernels::lora_grad_ab)> lora_grad_ab;
+Function<decltype(Kernels::lora_grad_x)> lora_grad_x;
+Function<decltype(Kernels::lora_dropout_mask)> lora_dropout_mask;
+Function<decltype(Kernels::lora_linear_grouped)> lora_linear_grouped;
+Function<decltype(Kernels::lora_grouped_delta)> lora_grouped_delta;
+Function<decltype(Kernels::lora_grouped_grad)> lora_grouped_grad;
+Function<decltype(Kernels::lora_grouped_grad_x)> lora_grouped_grad_x;
+Function<decltype(Kernels::dora_weight_norm)> dora_weight_norm;
+Function<decltype(Kernels::lora_merge)> lora_merge;
 Function<decltype(Kernels::roofline_read)> roofline_read;
 Function<decltype(Kernels::roofline_copy)> roofline_copy;
 Function<decltype(Kernels::roofline_fma_fp32)> roofline_fma_fp32;

@@ -206,7 +206,11 @@ inline float round_to(float x, T) {
     return to_float(narrow);
 }
 
-// out[n] = in[n], widened or narrowed.
+// out[n] = in[n]: copied, widened or narrowed.
+template <class Same>
+inline void convert_row(const Same* in, int64_t n, Same* out) {
+    memcpy(out, in, size_t(n) * sizeof(Same));
+}
 template <class In, class Out>
 inline void convert_row(const In* in, int64_t n, Out* out) {
     int64_t i = 0;

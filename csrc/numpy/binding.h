@@ -77,6 +77,7 @@ void launch(Kernel&& kernel) {
     call.finish();
 }
 
+void bind_gemm(py::module_& module);
 void bind_nf4(py::module_& module);
 
 }  // namespace tlk::numpy

@@ -45,7 +45,7 @@ def dense(weight: NF4Weight) -> Tensor:
 
 
 def test_the_list_of_ops_here_is_complete(nf4_calls: Any) -> None:
-    assert set(OPS) == set(tlkernels.ops._registry.OPS) == set(nf4_calls(1, 1))
+    assert set(OPS) == set(nf4_calls(1, 1)) <= set(tlkernels.ops._registry.OPS)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------

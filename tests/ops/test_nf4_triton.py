@@ -638,7 +638,7 @@ def test_wrong_calls(device: str) -> None:
         nf4.nf4_quantize(randn(64).to(target(device)), torch.tensor(FP4_CODE, device="meta"))
 
 
-@pytest.mark.parametrize("name", [op.name for op in _registry.OPS.values() if op.triton])
+@pytest.mark.parametrize("name", [op.name for op in _registry.OPS.values() if (op.triton or "").startswith("nf4:")])
 @compiled
 def test_a_kernel_takes_what_its_schema_says(name: str) -> None:
     from tlkernels.triton_kernels import nf4

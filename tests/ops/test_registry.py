@@ -17,6 +17,39 @@ import tlkernels
 from tlkernels import ops
 from tlkernels.ops import _registry
 
+# What may be differentiated ("twice": its gradient too; "raises": asking for it is refused; "none": there is nothing to
+# ask for), an argument that shows it, and whether there is a batching rule.
+EXPECTED: dict[str, tuple[str, str, bool]] = {
+    "nf4_quantize": ("raises", "w", False),
+    "absmax_quantize": ("raises", "absmax", False),
+    "absmax_dequantize": ("raises", "scale", False),
+    "nf4_dequantize": ("raises", "absmax", False),
+    "nf4_dequantize.out": ("raises", "", False),
+    "nf4_linear": ("twice", "x", True),
+    "nf4_linear_many": ("twice", "x", True),
+    "nf4_linear_t": ("twice", "grad_output", True),
+    "nf4_embedding": ("raises", "absmax", True),
+    "lora_linear": ("yes", "lora_a", True),
+    "nf4_lora_linear": ("yes", "lora_b", True),
+    "lora_grad_ab": ("raises", "x", True),
+    "lora_grad_x": ("raises", "ds", True),
+    "nf4_lora_grad_x": ("raises", "grad_output", True),
+    "lora_dropout_mask": ("none", "", False),
+    "lora_linear_grouped": ("yes", "x", True),
+    "lora_grouped_grad": ("raises", "grad_output", True),
+    "lora_grouped_grad_x": ("raises", "lora_a", True),
+    "lora_grouped_delta_": ("none", "lora_a", False),
+    "dora_weight_norm": ("raises", "lora_b", True),
+    "nf4_dora_weight_norm": ("raises", "lora_a", True),
+    "lora_merge_": ("none", "lora_b", False),
+}
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+OTHER_DTYPES = {
+    "absmax_quantize": ("float32",),
+    "absmax_dequantize": ("float32",),
+    "lora_dropout_mask": ("bool",),
+    "nf4_dora_weight_norm": ("float32",),
+}
 WEIGHT = ops.nf4_quantize(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
 
 
@@ -39,8 +72,42 @@ def test_table_is_what_the_dispatcher_does() -> None:
     for row in rows:
         if row.device == "cpu":
             assert row.backend == served_by(row.op), row
-        assert row.gradient == ("twice" if "linear" in row.op else "raises")
-        assert row.vmap == (row.op in {"nf4_linear", "nf4_linear_many", "nf4_linear_t", "nf4_embedding"})
+        gradient, _, vmap = EXPECTED[row.op]
+        assert (row.gradient, row.vmap) == (gradient, vmap), row
+        assert row.dtypes == OTHER_DTYPES.get(row.op, FLOATS), row
+
+
+@pytest.mark.parametrize("name", [name for name, (_, leaf, _) in EXPECTED.items() if leaf])
+def test_the_gradient_column_is_what_autograd_does(
+    backend: str, nf4_calls: Any, lora_calls: Any, name: str
+) -> None:  # fmt: skip
+    gradient, leaf_name, _ = EXPECTED[name]
+    arguments = {**nf4_calls(8, 64), **lora_calls(8, 64)}[name]
+    leaf = arguments[leaf_name].clone().requires_grad_()
+    out = _registry.OPS[name].overload(**{**arguments, leaf_name: leaf})
+    results = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None and t.requires_grad]
+    if gradient == "none":
+        assert not results
+    elif gradient == "raises":
+        assert results
+        with pytest.raises(RuntimeError, match="is not differentiable"):
+            results[0].sum().backward()
+    else:
+        (first,) = torch.autograd.grad(results[0].square().sum(), leaf, create_graph=True)
+        if gradient == "twice":
+            torch.autograd.grad(first.square().sum(), leaf)
+        else:
+            with pytest.raises(RuntimeError, match="is not differentiable"):
+                first.sum().backward()
+
+
+def test_every_op_has_a_right_call(nf4_calls: Any, lora_calls: Any) -> None:
+    """Of which the tests of all ops make wrong ones."""
+    calls = {**nf4_calls(8, 64), **lora_calls(8, 64)}
+    assert set(calls) == set(EXPECTED) == set(_registry.OPS)
+    for name, arguments in calls.items():
+        schema = _registry.OPS[name].overload._schema
+        assert set(arguments) <= {a.name for a in schema.arguments}, name
 
 
 def test_every_op_has_a_compiled_cpu_kernel() -> None:
@@ -55,7 +122,7 @@ def test_every_op_of_the_namespace_is_in_the_table() -> None:
     assert names == set(_registry.OPS)
 
 
-def test_dtypes_of_the_table_run_and_others_raise(backend: str, nf4_calls: Any) -> None:
+def test_dtypes_of_the_table_run_and_others_raise(backend: str, nf4_calls: Any, lora_calls: Any) -> None:
     everything = [
         getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64", "int32", "bool", "complex64")
     ]
@@ -69,6 +136,16 @@ def test_dtypes_of_the_table_run_and_others_raise(backend: str, nf4_calls: Any) 
             else:
                 with pytest.raises((TypeError, RuntimeError), match=f"{name}: {first} has dtype"):
                     _registry.OPS[name].overload(**call)
+    for name, op in _registry.OPS.items():
+        if name in lora_calls(8, 64) and op.dtypes == FLOATS:
+            for dtype in everything:
+                arguments = lora_calls(8, 64)[name]
+                first = "x" if name == "lora_grouped_delta_" else next(iter(arguments))
+                if str(dtype).removeprefix("torch.") in FLOATS:
+                    op.overload(**lora_calls(8, 64, dtype=dtype)[name])
+                else:
+                    with pytest.raises((TypeError, RuntimeError), match=f"{name}: {first} has dtype"):
+                        op.overload(**{**arguments, first: arguments[first].to(dtype)})
 
 
 # ---- forcing a backend ----------------------------------------------------------------------------------------------

@@ -1,6 +1,15 @@
 """The ops: one module per family. Each holds the equation, the reference, the schema, the gradient, the function."""
 
 from tlkernels.ops._registry import load_libraries
+from tlkernels.ops.lora import (
+    dora_weight_norm,
+    lora_dropout_mask,
+    lora_grouped_delta_,
+    lora_linear,
+    lora_linear_grouped,
+    lora_merge,
+    lora_merge_,
+)
 from tlkernels.ops.nf4 import (
     FP4_CODE,
     NF4_CODE,
@@ -20,6 +29,13 @@ __all__ = [
     "NF4Weight",
     "absmax_dequantize",
     "absmax_quantize",
+    "dora_weight_norm",
+    "lora_dropout_mask",
+    "lora_grouped_delta_",
+    "lora_linear",
+    "lora_linear_grouped",
+    "lora_merge",
+    "lora_merge_",
     "nf4_dequantize",
     "nf4_embedding",
     "nf4_linear",

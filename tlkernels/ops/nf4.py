@@ -22,15 +22,23 @@ arXiv:2110.02861.
 
 from __future__ import annotations
 
-import contextlib
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tlkernels._nf4_format import DYNAMIC_CODE, FP4_CODE, NF4_CODE
-from tlkernels.ops._registry import OPS, call, define, not_differentiable
+from tlkernels.ops._common import (
+    FLOATS,
+    batch_of_rows,
+    check_device,
+    check_float,
+    check_sizes,
+    checked_numel,
+    name_of,
+    no_autocast,
+)
+from tlkernels.ops._registry import call, define, not_differentiable
 
 __all__ = [
     "FP4_CODE",
@@ -46,16 +54,9 @@ __all__ = [
 ]
 
 _TINY = 1e-38  # below this the reciprocal of a block's absmax would overflow
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # ---- argument checks: each names the argument, what it got and what it wants ----------------------------------------
-
-
-def _check_float(op: str, **tensors: Tensor) -> None:
-    for name, t in tensors.items():
-        if t.dtype not in _FLOATS:
-            raise TypeError(f"{op}: {name} has dtype {_name(t.dtype)}; expected float32, bfloat16, float16 or float64")
 
 
 def _check_block_size(op: str, block_size: int, name: str = "block_size") -> None:
@@ -67,7 +68,7 @@ def _check_code(op: str, code: Tensor | None) -> None:
     if code is None:
         return
     if code.dtype != torch.float32:
-        raise TypeError(f"{op}: code has dtype {_name(code.dtype)}; expected float32")
+        raise TypeError(f"{op}: code has dtype {name_of(code.dtype)}; expected float32")
     if code.shape != (16,):
         raise ValueError(f"{op}: code has shape {tuple(code.shape)}; expected (16,)")
     if type(code) is Tensor and code.device.type == "cpu" and not bool(torch.isfinite(code).all()):
@@ -82,7 +83,9 @@ def _check_weight(
     _check_block_size(op, absmax_block_size, "absmax_block_size")
     _check_code(op, code)
     if packed.dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(f"{op}: packed has dtype {_name(packed.dtype)}; expected uint8 (or a float view of the bytes)")
+        raise TypeError(
+            f"{op}: packed has dtype {name_of(packed.dtype)}; expected uint8 (or a float view of the bytes)"
+        )
     nbytes, want = packed.numel() * packed.element_size(), (numel + 1) // 2
     if nbytes != want:
         raise ValueError(f"{op}: packed holds {nbytes} bytes; expected {want} for {numel} elements of 4 bits")
@@ -95,10 +98,12 @@ def _check_weight(
     if absmax.dtype == torch.uint8:
         _check_nested(op, absmax_scale, absmax_offset, blocks, absmax_block_size)
     elif absmax.dtype != torch.float32:
-        raise TypeError(f"{op}: absmax has dtype {_name(absmax.dtype)}; expected float32, or uint8 (double-quantized)")
+        raise TypeError(
+            f"{op}: absmax has dtype {name_of(absmax.dtype)}; expected float32, or uint8 (double-quantized)"
+        )
     elif absmax_scale is not None or absmax_offset is not None:
         raise TypeError(f"{op}: absmax_scale and absmax_offset go with a uint8 absmax; absmax has dtype float32")
-    _check_device(
+    check_device(
         op, device, packed=packed, absmax=absmax, code=code, absmax_scale=absmax_scale, absmax_offset=absmax_offset
     )  # fmt: skip
 
@@ -109,7 +114,7 @@ def _check_nested(op: str, scale: Tensor | None, offset: Tensor | None, blocks: 
     want = -(-blocks // block_size)
     if scale.dtype != torch.float32 or offset.dtype != torch.float32:
         raise TypeError(
-            f"{op}: absmax_scale and absmax_offset have dtypes {_name(scale.dtype)} and {_name(offset.dtype)}; "
+            f"{op}: absmax_scale and absmax_offset have dtypes {name_of(scale.dtype)} and {name_of(offset.dtype)}; "
             "expected float32"
         )
     if scale.shape != (want,):
@@ -123,8 +128,8 @@ def _check_nested(op: str, scale: Tensor | None, offset: Tensor | None, blocks: 
 
 def _check_product(op: str, name: str, x: Tensor, features: int, out_features: int, in_features: int) -> None:
     """Of nf4_linear (features of x are the weight's input) and nf4_linear_t (its output)."""
-    _check_float(op, **{name: x})
-    _check_sizes(op, out_features=out_features, in_features=in_features)
+    check_float(op, **{name: x})
+    check_sizes(op, out_features=out_features, in_features=in_features)
     if x.dim() == 0 or x.shape[-1] != features:
         raise ValueError(
             f"{op}: {name} has {x.shape[-1] if x.dim() else 0} features, but the weight was quantized from shape "
@@ -135,47 +140,21 @@ def _check_product(op: str, name: str, x: Tensor, features: int, out_features: i
 def _check_bias(op: str, bias: Tensor | None, out_features: int, device: torch.device) -> None:
     if bias is None:
         return
-    _check_float(op, bias=bias)
+    check_float(op, bias=bias)
     if bias.shape != (out_features,):
         raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; expected ({out_features},)")
-    _check_device(op, device, bias=bias)
-
-
-def _check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and t.device != device:
-            raise ValueError(f"{op}: {name} is on {t.device}; expected {device}, like the other arguments")
+    check_device(op, device, bias=bias)
 
 
 def _check_indices(op: str, indices: Tensor, num_embeddings: int, embedding_dim: int) -> None:
     if indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: indices has dtype {_name(indices.dtype)}; expected int64 or int32")
-    _check_sizes(op, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        raise TypeError(f"{op}: indices has dtype {name_of(indices.dtype)}; expected int64 or int32")
+    check_sizes(op, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
     if type(indices) is Tensor and indices.device.type == "cpu" and indices.numel():
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= num_embeddings:
             bad = low if low < 0 else high
             raise IndexError(f"{op}: indices has an entry {bad}; expected 0 <= index < {num_embeddings}")
-
-
-def _check_sizes(op: str, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 0:
-            raise ValueError(f"{op}: {name} is {value}; expected >= 0")
-    _numel(op, tuple(sizes.values()))
-
-
-def _numel(op: str, shape: tuple[int, ...] | list[int]) -> int:
-    if any(s < 0 for s in shape):
-        raise ValueError(f"{op}: shape is {tuple(shape)}; expected sizes >= 0")
-    numel = math.prod(shape)
-    if numel >= 2**62:
-        raise ValueError(f"{op}: shape {tuple(shape)} has {numel} elements; expected fewer than 2**62")
-    return numel
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- the format, in plain torch -------------------------------------------------------------------------------------
@@ -212,10 +191,10 @@ def _count_below(v: Tensor, table: Tensor) -> Tensor:
 
 
 def _reference_nf4_quantize(w: Tensor, code: Tensor | None = None, *, block_size: int = 64) -> tuple[Tensor, Tensor]:
-    _check_float("nf4_quantize", w=w)
+    check_float("nf4_quantize", w=w)
     _check_block_size("nf4_quantize", block_size)
     _check_code("nf4_quantize", code)
-    _check_device("nf4_quantize", w.device, code=code)
+    check_device("nf4_quantize", w.device, code=code)
     table, order = torch.sort(_table(code, w.device), stable=True)
     v, absmax = _normalised(w.reshape(-1).float(), block_size)
     index = order.to(torch.uint8)[_count_below(v, table).long()]
@@ -232,14 +211,14 @@ def _reference_absmax_quantize(
     op = "absmax_quantize"
     if absmax.dtype != torch.float32 or absmax.dim() != 1:
         raise TypeError(
-            f"{op}: absmax has dtype {_name(absmax.dtype)} and shape {tuple(absmax.shape)}; expected float32 [n]"
+            f"{op}: absmax has dtype {name_of(absmax.dtype)} and shape {tuple(absmax.shape)}; expected float32 [n]"
         )
     _check_block_size(op, block_size)
     if offset is not None and (offset.dtype != torch.float32 or offset.numel() != 1):
         raise TypeError(
-            f"{op}: offset has dtype {_name(offset.dtype)} and {offset.numel()} elements; expected 1 float32"
+            f"{op}: offset has dtype {name_of(offset.dtype)} and {offset.numel()} elements; expected 1 float32"
         )
-    _check_device(op, absmax.device, offset=offset)
+    check_device(op, absmax.device, offset=offset)
     if offset is None:
         offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
     else:
@@ -252,10 +231,10 @@ def _reference_absmax_quantize(
 def _reference_absmax_dequantize(q: Tensor, scale: Tensor, offset: Tensor, *, block_size: int = 256) -> Tensor:
     op = "absmax_dequantize"
     if q.dtype != torch.uint8 or q.dim() != 1:
-        raise TypeError(f"{op}: q has dtype {_name(q.dtype)} and shape {tuple(q.shape)}; expected uint8 [n]")
+        raise TypeError(f"{op}: q has dtype {name_of(q.dtype)} and shape {tuple(q.shape)}; expected uint8 [n]")
     _check_block_size(op, block_size)
     _check_nested(op, scale, offset, q.numel(), block_size)
-    _check_device(op, q.device, scale=scale, offset=offset)
+    check_device(op, q.device, scale=scale, offset=offset)
     table = torch.tensor(DYNAMIC_CODE, dtype=torch.float32, device=q.device)
     return table[q.long()] * scale.repeat_interleave(block_size)[: q.numel()] + offset.reshape(())
 
@@ -276,9 +255,9 @@ def _reference_nf4_dequantize(
     packed: Tensor, absmax: Tensor, code: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None,
     shape: list[int], *, dtype: torch.dtype, block_size: int = 64, absmax_block_size: int = 256,
 ) -> Tensor:  # fmt: skip
-    numel = _numel("nf4_dequantize", shape)
-    if dtype not in _FLOATS:
-        raise TypeError(f"nf4_dequantize: dtype is {_name(dtype)}; expected float32, bfloat16, float16 or float64")
+    numel = checked_numel("nf4_dequantize", shape)
+    if dtype not in FLOATS:
+        raise TypeError(f"nf4_dequantize: dtype is {name_of(dtype)}; expected float32, bfloat16, float16 or float64")
     nested = (absmax_scale, absmax_offset, absmax_block_size)
     _check_weight("nf4_dequantize", packed, absmax, numel, block_size, code, *nested, packed.device)
     return _decode(packed, absmax, numel, block_size, code, *nested).to(dtype).view(shape)
@@ -292,20 +271,13 @@ def _reference_nf4_dequantize_out(
         raise ValueError(f"nf4_dequantize: out has shape {tuple(out.shape)}; expected {tuple(shape)}")
     if not out.is_contiguous():
         raise ValueError(f"nf4_dequantize: out has strides {out.stride()}; expected a contiguous tensor")
-    _check_device("nf4_dequantize", packed.device, out=out)
+    check_device("nf4_dequantize", packed.device, out=out)
     out.copy_(
         _reference_nf4_dequantize(
             packed, absmax, code, absmax_scale, absmax_offset, shape, dtype=out.dtype, block_size=block_size,
             absmax_block_size=absmax_block_size,
         )
     )  # fmt: skip
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """An op is one kernel, and its inside not for autocast to lower."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _reference_nf4_linear(
@@ -319,7 +291,7 @@ def _reference_nf4_linear(
     _check_bias(op, bias, out_features, x.device)
     acc = torch.promote_types(x.dtype, torch.float32)
     w = _decode(packed, absmax, out_features * in_features, block_size, code, *nested).view(out_features, in_features)
-    with _no_autocast(x.device):
+    with no_autocast(x.device):
         y = torch.nn.functional.linear(x.to(acc), w.to(x.dtype).to(acc), None if bias is None else bias.to(acc))
     return y.to(x.dtype)
 
@@ -334,7 +306,7 @@ def _reference_nf4_linear_t(
     _check_weight(op, packed, absmax, out_features * in_features, block_size, code, *nested, grad_output.device)
     acc = torch.promote_types(grad_output.dtype, torch.float32)
     w = _decode(packed, absmax, out_features * in_features, block_size, code, *nested).view(out_features, in_features)
-    with _no_autocast(grad_output.device):
+    with no_autocast(grad_output.device):
         y = torch.matmul(grad_output.to(acc), w.to(grad_output.dtype).to(acc))
     return y.to(grad_output.dtype)
 
@@ -346,8 +318,8 @@ def _reference_nf4_embedding(
 ) -> Tensor:  # fmt: skip
     op, nested = "nf4_embedding", (absmax_scale, absmax_offset, absmax_block_size)
     _check_indices(op, indices, num_embeddings, embedding_dim)
-    if dtype not in _FLOATS:
-        raise TypeError(f"{op}: dtype is {_name(dtype)}; expected float32, bfloat16, float16 or float64")
+    if dtype not in FLOATS:
+        raise TypeError(f"{op}: dtype is {name_of(dtype)}; expected float32, bfloat16, float16 or float64")
     numel = num_embeddings * embedding_dim
     _check_weight(op, packed, absmax, numel, block_size, code, *nested, indices.device)
     w = _decode(packed, absmax, numel, block_size, code, *nested).view(num_embeddings, embedding_dim)
@@ -405,29 +377,6 @@ def _refuse_weight_gradient(ctx: Any, op: str) -> None:
         raise RuntimeError(f"{op} is not differentiable in its weight: 4-bit weights are frozen")
 
 
-def _batch_of_rows(name: str) -> Any:
-    """A batching rule: a batch of x is more rows; a batch of weights is a loop."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        op = OPS[name]
-        positional = len(inputs) - len(op.kwonly)
-
-        def run(values: tuple[Any, ...]) -> Any:
-            return op.overload(*values[:positional], **dict(zip(op.kwonly, values[positional:], strict=True)))
-
-        if in_dims[0] is not None and all(d is None for d in in_dims[1:]):
-            return run((inputs[0].movedim(in_dims[0], 0), *inputs[1:])), 0
-        samples = [
-            run(tuple(v if d is None else v.select(d, i) for v, d in zip(inputs, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        if isinstance(samples[0], tuple):
-            return tuple(torch.stack(s) for s in zip(*samples, strict=True)), (0,) * len(samples[0])
-        return torch.stack(samples), 0
-
-    return rule
-
-
 define(
     "nf4_quantize(Tensor w, Tensor? code=None, *, int block_size=64) -> (Tensor, Tensor)",
     _reference_nf4_quantize,
@@ -469,7 +418,7 @@ define(
     _reference_nf4_linear,
     setup_context=_linear_setup,
     backward=_linear_backward,
-    vmap=_batch_of_rows("nf4_linear"),
+    vmap=batch_of_rows("nf4_linear"),
     triton="nf4:nf4_linear",
     cuda_default="cuda",
     gradient="twice",
@@ -480,7 +429,7 @@ define(
     _reference_nf4_linear,
     setup_context=_linear_setup,
     backward=_linear_backward,
-    vmap=_batch_of_rows("nf4_linear_many"),
+    vmap=batch_of_rows("nf4_linear_many"),
     triton="nf4:nf4_linear",
     gradient="twice",
 )
@@ -489,7 +438,7 @@ define(
     _reference_nf4_linear_t,
     setup_context=_linear_t_setup,
     backward=_linear_t_backward,
-    vmap=_batch_of_rows("nf4_linear_t"),
+    vmap=batch_of_rows("nf4_linear_t"),
     triton="nf4:nf4_linear_t",
     gradient="twice",
 )
@@ -499,7 +448,7 @@ define(
     _reference_nf4_embedding,
     setup_context=_define_embedding[0],
     backward=_define_embedding[1],
-    vmap=_batch_of_rows("nf4_embedding"),
+    vmap=batch_of_rows("nf4_embedding"),
     triton="nf4:nf4_embedding",
     cuda_default="cuda",
 )
@@ -715,7 +664,7 @@ def nf4_dequantize(weight: NF4Weight, *, dtype: torch.dtype | None = None, out: 
         return call("nf4_dequantize", *_tensors(weight), weight.shape, dtype=dtype, **_blocks_of(weight))
     if dtype is not None and dtype != out.dtype:
         raise TypeError(
-            f"nf4_dequantize: dtype is {_name(dtype)}, but out has dtype {_name(out.dtype)}; expected the same"
+            f"nf4_dequantize: dtype is {name_of(dtype)}, but out has dtype {name_of(out.dtype)}; expected the same"
         )
     call("nf4_dequantize.out", *_tensors(weight), weight.shape, **_blocks_of(weight), out=out)
     return out

@@ -1,67 +1,10 @@
 // torch bindings of the NF4 CPU kernels: check, allocate, launch.
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include <cmath>
 #include <tuple>
 
-#include "cpu/kernels.h"
-#include "torch/nf4_check.h"
+#include "torch/cpu/common.h"
 
 namespace tlk {
 namespace {
-
-// torch's own threads, so that torch.set_num_threads holds.
-const Parallel kTorchPool = {[](void*, int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* ctx) {
-                                 torch::stable::parallel_for(
-                                     0, n, grain, [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
-                             },
-                             nullptr};
-
-Dtype dtype_of(ScalarType t) {
-    return t == ScalarType::Float ? Dtype::float32 : t == ScalarType::BFloat16 ? Dtype::bfloat16 : Dtype::float16;
-}
-
-// New memory for a result. Large results cost more in page faults than in arithmetic, so the kernel of the operating
-// system is asked for huge pages: a hint, ignored where they are off.
-Tensor allocate(const Sizes& sizes, ScalarType dtype, const Tensor& like) {
-    constexpr size_t kWorthwhile = 4 << 20;
-    Tensor out = torch::stable::new_empty(like, sizes, dtype);
-    const size_t bytes = size_t(out.numel()) * out.element_size();
-    if (bytes >= kWorthwhile) {
-        const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(out.data_ptr());
-        const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
-        madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-    }
-    return out;
-}
-
-const float* code_of(const char* op, const std::optional<Tensor>& code) {
-    if (!code) return nf4_code;
-    const auto* values = static_cast<const float*>(code->data_ptr());
-    for (int i = 0; i < 16; ++i)
-        if (!std::isfinite(values[i])) fail(op, "code has ", values[i], " at ", i, "; expected 16 finite values");
-    return values;
-}
-
-Nf4 view(const char* op, const WeightArgs& w) {
-    Nf4 view{};
-    view.packed = static_cast<const uint8_t*>(w.packed.data_ptr());
-    view.absmax_block_size = w.absmax_block_size;
-    view.numel = w.numel;
-    view.block_size = w.block_size;
-    view.code = code_of(op, w.code);
-    if (w.nested()) {
-        view.absmax_q = static_cast<const uint8_t*>(w.absmax.data_ptr());
-        view.absmax_scale = static_cast<const float*>(w.absmax_scale->data_ptr());
-        view.absmax_offset = *static_cast<const float*>(w.absmax_offset->data_ptr());
-    } else {
-        view.absmax = static_cast<const float*>(w.absmax.data_ptr());
-    }
-    return view;
-}
-
-using MaybeTensor = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor> nf4_quantize(Tensor w, MaybeTensor code, int64_t block_size) {
     const char* op = "nf4_quantize";
