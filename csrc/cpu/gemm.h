@@ -41,7 +41,7 @@ constexpr int64_t kPackedBytes = 384 << 10;  // of a block of A, packed: it stay
 constexpr int64_t kBlockColumns = 256;       // of C, where each block packs its own panels
 constexpr int64_t kBlockBytes = 512 << 10;   // of C, where the panels are shared
 constexpr int64_t kSharedBytes = 4 << 20;    // of B, packed once for all blocks
-constexpr int64_t kUnits = 8;                // blocks that a product should have at least, to share among threads
+constexpr int64_t kUnits = 4;                // blocks that a product should have at least, to share among threads
 constexpr int64_t kSmallWork = 1 << 16;      // multiply-adds below which a thread is not worth waking
 
 template <class A, class B>
@@ -221,6 +221,12 @@ struct AlongK {
         alignas(64) word lines[Width * kDepth];
         const int64_t words = ceil_div(elements, T::per_word);
         for (int64_t p = 0; p < count; p += Width, out += words * Width) {
+            if constexpr (is_same<In, float> && is_same<word, float> && Map::none) {
+                if (rows == nullptr && p + Width <= count) {
+                    transpose(data + (j + p) * stride + k, Width, words, stride, out, Width);
+                    continue;
+                }
+            }
             for (int64_t r = 0; r < Width; ++r) {
                 if (p + r < count)
                     line(j + p + r, k, elements, lines + r * kDepth);
@@ -358,7 +364,8 @@ Cut cut(int64_t m, int64_t begin, int64_t end, bool shared, const Terms&... term
     const int64_t n = end - begin;
     const int64_t run = max(kDepth, min(largest_of(decltype(terms.a)::run...), words_of<T>(terms...)));
     const int64_t fit = max<int64_t>(1, kPackedBytes / int64_t(sizeof(typename T::word)) / run / tile);
-    const int64_t row_blocks = ceil_div(m, min<int64_t>(fit, 256 / tile) * tile);
+    // a narrow product uses A once: what is packed of it should not even leave L1
+    const int64_t row_blocks = ceil_div(m, min<int64_t>(fit, Vecs == 1 ? 1 : 256 / tile) * tile);
     Cut c{m, begin, end, round_up(ceil_div(m, row_blocks), tile), 0, shared};
     const int64_t most =
         shared ? kBlockBytes / int64_t(sizeof(float)) / c.rows : largest_of(decltype(terms.b)::columns...);
@@ -542,13 +549,18 @@ struct Addend {
     Addend from(int64_t i) const { return {row(i), stride}; }
 };
 
+// out[n] = scale * c[n] + addend[n], rounded once. A whole line of vectors, as most are, takes no branches.
 template <class Out>
-void store_line(float* line, int64_t n, float scale, const float* addend, Out* out) {
-    if (scale != 1.f)
-        for (int64_t i = 0; i < n; ++i) line[i] *= scale;
-    if (addend != nullptr)
-        for (int64_t i = 0; i < n; ++i) line[i] += addend[i];
-    convert_row(line, n, out);
+inline void store_line(const float* c, int64_t n, float scale, const float* addend, Out* out) {
+    const Vec factor = splat(scale);
+    int64_t i = 0;
+    if (addend != nullptr) {
+        for (; i + Vec::size <= n; i += Vec::size) store(out + i, load(c + i) * factor + load(addend + i));
+        for (; i < n; ++i) convert(c[i] * scale + addend[i], out[i]);
+    } else {
+        for (; i + Vec::size <= n; i += Vec::size) store(out + i, load(c + i) * factor);
+        for (; i < n; ++i) convert(c[i] * scale, out[i]);
+    }
 }
 
 // out[row(i) * stride + j] = scale * C[i][j] + addend

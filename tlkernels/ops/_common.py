@@ -80,3 +80,9 @@ def batch_of_rows(name: str, rows: tuple[int, ...] = (0,), unless: int | None = 
         return torch.stack(samples), 0
 
     return rule
+
+
+def changed(t: Tensor) -> None:
+    """Tell autograd, which may have saved the tensor, that a kernel wrote into it: a compiled one writes past torch."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(t)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from tlkernels.ops._common import (
     batch_of_rows,
+    changed,
     check_device,
     check_float,
     check_sizes,
@@ -645,10 +646,14 @@ def _reference_lora_grouped_grad_x(
 
 
 _TWICE = "its gradient has no gradient of its own here; expected one differentiation"
-_grad_ab_once = not_differentiable("lora_grad_ab", _TWICE)
-_grad_x_once = not_differentiable("lora_grad_x", _TWICE)
-_grouped_once = not_differentiable("lora_grouped_grad", _TWICE)
-_norm_constant = not_differentiable("dora_weight_norm", "DoRA takes the norm as a constant; detach the factors")
+_ONCE = {
+    op: not_differentiable(op, _TWICE)
+    for op in ("lora_grad_ab", "lora_grad_x", "nf4_lora_grad_x", "lora_grouped_grad", "lora_grouped_grad_x")
+}
+_CONSTANT = {
+    op: not_differentiable(op, "DoRA takes the norm as a constant; detach the factors")
+    for op in ("dora_weight_norm", "nf4_dora_weight_norm")
+}
 
 define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? rng, *, float scaling, "
@@ -674,8 +679,8 @@ define(
     "lora_grad_ab(Tensor grad_output, Tensor x, Tensor s, Tensor lora_a, Tensor lora_b, Tensor? rng, *, "
     "float scaling, float dropout=0.0) -> (Tensor, Tensor, Tensor)",
     _reference_lora_grad_ab,
-    setup_context=_grad_ab_once[0],
-    backward=_grad_ab_once[1],
+    setup_context=_ONCE["lora_grad_ab"][0],
+    backward=_ONCE["lora_grad_ab"][1],
     vmap=batch_of_rows("lora_grad_ab", rows=()),
     triton="lora:lora_grad_ab",
 )
@@ -683,8 +688,8 @@ define(
     "lora_grad_x(Tensor grad_output, Tensor weight, Tensor ds, Tensor lora_a, Tensor? rng, *, float dropout=0.0) "
     "-> Tensor",
     _reference_lora_grad_x,
-    setup_context=_grad_x_once[0],
-    backward=_grad_x_once[1],
+    setup_context=_ONCE["lora_grad_x"][0],
+    backward=_ONCE["lora_grad_x"][1],
     vmap=batch_of_rows("lora_grad_x", rows=(0, 2), unless=4),
     triton="lora:lora_grad_x",
 )
@@ -692,8 +697,8 @@ define(
     f"nf4_lora_grad_x(Tensor grad_output, {_WEIGHT}, Tensor ds, Tensor lora_a, Tensor? rng, int out_features, "
     f"int in_features, *, float dropout=0.0, {_BLOCKS}) -> Tensor",
     _reference_nf4_lora_grad_x,
-    setup_context=_grad_x_once[0],
-    backward=_grad_x_once[1],
+    setup_context=_ONCE["nf4_lora_grad_x"][0],
+    backward=_ONCE["nf4_lora_grad_x"][1],
     vmap=batch_of_rows("nf4_lora_grad_x", rows=(0, 6), unless=8),
     triton="lora:nf4_lora_grad_x",
 )
@@ -716,8 +721,8 @@ define(
 define(
     f"lora_grouped_grad(Tensor grad_output, Tensor x, Tensor s, {_GROUP}) -> (Tensor, Tensor, Tensor)",
     _reference_lora_grouped_grad,
-    setup_context=_grouped_once[0],
-    backward=_grouped_once[1],
+    setup_context=_ONCE["lora_grouped_grad"][0],
+    backward=_ONCE["lora_grouped_grad"][1],
     vmap=batch_of_rows("lora_grouped_grad", rows=()),
     triton="lora:lora_grouped_grad",
 )
@@ -725,8 +730,8 @@ define(
     "lora_grouped_grad_x(Tensor grad_output, Tensor weight, Tensor ds, Tensor lora_a, Tensor adapter_ids, "
     "Tensor? ranks) -> Tensor",
     _reference_lora_grouped_grad_x,
-    setup_context=_grouped_once[0],
-    backward=_grouped_once[1],
+    setup_context=_ONCE["lora_grouped_grad_x"][0],
+    backward=_ONCE["lora_grouped_grad_x"][1],
     vmap=batch_of_rows("lora_grouped_grad_x", rows=(0, 2, 4)),
     triton="lora:lora_grouped_grad_x",
 )
@@ -739,8 +744,8 @@ define(
 define(
     "dora_weight_norm(Tensor weight, Tensor lora_a, Tensor lora_b, *, float scaling) -> Tensor",
     _reference_dora_weight_norm,
-    setup_context=_norm_constant[0],
-    backward=_norm_constant[1],
+    setup_context=_CONSTANT["dora_weight_norm"][0],
+    backward=_CONSTANT["dora_weight_norm"][1],
     vmap=batch_of_rows("dora_weight_norm", rows=()),
     triton="lora:dora_weight_norm",
 )
@@ -748,8 +753,8 @@ define(
     f"nf4_dora_weight_norm({_WEIGHT}, Tensor lora_a, Tensor lora_b, int out_features, int in_features, *, "
     f"float scaling, {_BLOCKS}) -> Tensor",
     _reference_nf4_dora_weight_norm,
-    setup_context=_norm_constant[0],
-    backward=_norm_constant[1],
+    setup_context=_CONSTANT["nf4_dora_weight_norm"][0],
+    backward=_CONSTANT["nf4_dora_weight_norm"][1],
     vmap=batch_of_rows("nf4_dora_weight_norm", rows=()),
     triton="lora:nf4_dora_weight_norm",
     dtypes=("float32",),
@@ -779,12 +784,6 @@ def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(cast(t) for t in (x, *tensors))
 
 
-def _changed(t: Tensor) -> None:
-    """Tell autograd, which may have saved the tensor: a compiled kernel writes past it."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(t)
-
-
 def lora_linear(
     x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, *,
     dropout: float = 0.0, rng: Tensor | None = None,
@@ -805,7 +804,8 @@ def lora_linear(
         ``lora_alpha / rank``, or ``lora_alpha / sqrt(rank)`` for rsLoRA.
     dropout : float
         Probability, in [0, 1), with which an element of the adapter's input is zeroed; the rest is divided by
-        ``1 - dropout``. Resolved to multiples of 2**-16. The frozen layer's input is left alone.
+        ``1 - dropout``. The frozen layer's input is left alone. The mask resolves the probability to multiples of
+        2**-16, so that the expectation is off by at most ``2**-17 / (1 - dropout)``, relatively.
     rng : Tensor, optional
         int64 ``[2]``, seed and offset: the mask is a function of them. By default drawn from torch's generator where
         ``dropout > 0``; nothing is drawn at 0.
@@ -979,7 +979,7 @@ def lora_grouped_delta_(
             "lora_linear_grouped"
         )
     call("lora_grouped_delta_", y, x, lora_a, lora_b, adapter_ids, scalings, ranks, start=start)
-    _changed(y)
+    changed(y)
     return y
 
 
@@ -1046,7 +1046,7 @@ def lora_merge_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) 
     """
     with torch.no_grad():
         call("lora_merge_", weight.detach(), lora_a.detach(), lora_b.detach(), scaling=float(scaling))
-    _changed(weight)
+    changed(weight)
     return weight
 
 

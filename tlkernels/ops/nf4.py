@@ -31,6 +31,7 @@ from tlkernels._nf4_format import DYNAMIC_CODE, FP4_CODE, NF4_CODE
 from tlkernels.ops._common import (
     FLOATS,
     batch_of_rows,
+    changed,
     check_device,
     check_float,
     check_sizes,
@@ -667,6 +668,7 @@ def nf4_dequantize(weight: NF4Weight, *, dtype: torch.dtype | None = None, out: 
             f"nf4_dequantize: dtype is {name_of(dtype)}, but out has dtype {name_of(out.dtype)}; expected the same"
         )
     call("nf4_dequantize.out", *_tensors(weight), weight.shape, **_blocks_of(weight), out=out)
+    changed(out)
     return out
 
 
