@@ -207,6 +207,19 @@ struct AlongK {
     Map map = {};
 
     int64_t row(int64_t i) const { return rows != nullptr ? rows[i] : i; }
+    // Whether rows lie in memory as whole words, `elements` of them from k on.
+    bool whole(int64_t k, int64_t elements) const {
+        if constexpr (is_same<In, typename T::element> && Map::none)
+            return rows == nullptr && stride % T::per_word == 0 && elements % T::per_word == 0 &&
+                   reinterpret_cast<uintptr_t>(data + k) % sizeof(word) == 0;
+        return false;
+    }
+    // Rows can be broadcast from where they lie, unless they are so far apart that they would share cache sets.
+    const word* in_place(int64_t i, int64_t k, int64_t elements) const {
+        if (!whole(k, elements) || stride * int64_t(sizeof(In)) % 4096 == 0) return nullptr;
+        return reinterpret_cast<const word*>(data + i * stride + k);
+    }
+    int64_t word_stride() const { return stride / T::per_word; }
     void line(int64_t i, int64_t k, int64_t count, word* out) const {
         auto* elements = reinterpret_cast<typename T::element*>(out);
         load_run(data + row(i) * stride + k, count, row(i), k, map, elements);
@@ -221,11 +234,9 @@ struct AlongK {
         alignas(64) word lines[Width * kDepth];
         const int64_t words = ceil_div(elements, T::per_word);
         for (int64_t p = 0; p < count; p += Width, out += words * Width) {
-            if constexpr (is_same<In, float> && is_same<word, float> && Map::none) {
-                if (rows == nullptr && p + Width <= count) {
-                    transpose(data + (j + p) * stride + k, Width, words, stride, out, Width);
-                    continue;
-                }
+            if (whole(k, elements) && p + Width <= count) {
+                transpose(data + (j + p) * stride + k, Width, words, word_stride(), out, Width);
+                continue;
             }
             for (int64_t r = 0; r < Width; ++r) {
                 if (p + r < count)
@@ -415,7 +426,16 @@ template <class T, int Vecs, bool Half, class A, class B, class After>
     const int64_t panels = ceil_div(cols, width), all = ceil_div(cut.end - cut.begin, width);
     for (int64_t ka = 0; ka < term.k; ka += run) {
         const int64_t run_end = min(ka + run, term.k);
-        term.a.pack_rows(i, rows, ka, run_end - ka, blocks.a, blocks.a_stride);
+        const typename T::word* a = nullptr;
+        int64_t a_stride = blocks.a_stride;
+        if constexpr (requires { term.a.in_place(i, ka, run); }) {
+            a = term.a.in_place(i, ka, run_end - ka);
+            if (a != nullptr) a_stride = term.a.word_stride();
+        }
+        if (a == nullptr) {
+            term.a.pack_rows(i, rows, ka, run_end - ka, blocks.a, a_stride);
+            a = blocks.a;
+        }
         for (int64_t k = ka; k < run_end; k += depth) {
             const int64_t count = min(depth, run_end - k), words = ceil_div(count, T::per_word);
             const typename T::word* packed = blocks.b;
@@ -425,8 +445,8 @@ template <class T, int Vecs, bool Half, class A, class B, class After>
                 term.b.template pack_panels<int(width)>(j, min(panels * width, cut.end - j), k, count, blocks.b);
             for (int64_t p = 0; p < panels; ++p) {
                 float* c = blocks.c + p * rows * width;
-                multiply<T, Vecs>(rows, blocks.a + (k - ka) / T::per_word, blocks.a_stride, packed + p * words * width,
-                                  words, c, accumulate || k > 0);
+                multiply<T, Vecs>(rows, a + (k - ka) / T::per_word, a_stride, packed + p * words * width, words, c,
+                                  accumulate || k > 0);
                 if (k + count == term.k) {
                     const int64_t col = j + p * width;
                     term.after(i, rows, col, min(width, cut.end - col), c, width);

@@ -18,6 +18,7 @@
 // Many adapters: rows are taken through the order that sorts them by adapter, one product for each adapter, all in one
 // parallel loop. The updates are summed in float beside the base product, which adds them before it rounds: a scratch
 // matrix of the size of y.
+#include "cpu/dense_few.h"
 #include "cpu/gemm.h"
 #include "cpu/level.h"
 #include "cpu/nf4.h"
@@ -84,45 +85,40 @@ void base_rows(const In* x, const In* w, const In* s, const In* b, int64_t rank,
     product<T>(rows, out_features, parallel, Term{rank, AlongK<T, In>{s, rank}, AlongK<T, In>{b, rank}}, base);
 }
 
-template <class T, class In>
-void dense_forward(const In* x, const In* w, const In* s, const In* b, int64_t rank, const Addend& addend, int64_t rows,
-                   int64_t out_features, int64_t in_features, In* y, Parallel parallel) {
-    if (rows >= out_features)
-        base_rows<T>(x, w, s, b, rank, addend, rows, out_features, in_features, y, parallel);
-    else
-        base_columns<T>(x, AlongK<T, In>{w, in_features}, s, b, rank, addend, rows, out_features, in_features, y,
-                        parallel);
-}
-
-bool few_rows_suffice(int64_t rows, [[maybe_unused]] int64_t in_features, [[maybe_unused]] const Nf4& w) {
+bool few_rows_suffice(int64_t rows, [[maybe_unused]] int64_t in_features, const Base& w) {
+    if (w.dense != nullptr) return rows <= kDenseFewRows;
 #if defined(__AVX512F__)
-    if (rows <= kFewRows && in_features % 64 == 0 && w.block_size >= 64) return true;
+    if (rows <= kFewRows && in_features % 64 == 0 && w.nf4.block_size >= 64) return true;
 #endif
     return rows <= kDotRows;
 }
 
 template <class In>
-void few_forward(const In* x, const Nf4& w, const Addend& addend, int64_t rows, int64_t out_features,
+void few_forward(const In* x, const Base& w, const Addend& addend, int64_t rows, int64_t out_features,
                  int64_t in_features, In* y, Parallel parallel) {
+    using T = typename Arithmetic<In>::type;
+    if (w.dense != nullptr)
+        return few_dense<T>(x, typed<In>(w.dense), addend, rows, out_features, in_features, y, parallel);
 #if defined(__AVX512F__)
-    if (in_features % 64 == 0 && w.block_size >= 64)
-        return few(x, Weight(w), addend, rows, out_features, in_features, y, parallel);
+    if (in_features % 64 == 0 && w.nf4.block_size >= 64)
+        return few(x, Weight(w.nf4), addend, rows, out_features, in_features, y, parallel);
 #endif
-    dot_rows(x, Weight(w), addend, rows, out_features, in_features, y, parallel);
+    dot_rows(x, Weight(w.nf4), addend, rows, out_features, in_features, y, parallel);
 }
 
+// y = update + x W^T + addend, where the update s B^T is in the product or, for few rows, in what is added to it.
 template <class In>
-void forward(const In* x, const Base& w, const float* bias, const In* s, const In* b, int64_t rank, int64_t rows,
+void forward(const In* x, const Base& w, Addend addend, const In* s, const In* b, int64_t rank, int64_t rows,
              int64_t out_features, int64_t in_features, In* y, Parallel parallel) {
     using T = typename Arithmetic<In>::type;
-    Addend addend{bias, 0};
     if (in_features == 0) return fill_rows(y, rows, out_features, addend);
-    if (w.dense != nullptr)
-        return dense_forward<T>(x, typed<In>(w.dense), s, b, rank, addend, rows, out_features, in_features, y,
+    if (!few_rows_suffice(rows, in_features, w)) {
+        if (w.dense != nullptr)
+            return base_rows<T>(x, typed<In>(w.dense), s, b, rank, addend, rows, out_features, in_features, y,
                                 parallel);
-    if (!few_rows_suffice(rows, in_features, w.nf4))
         return base_columns<T>(x, Nf4AlongK<T, In>{Weight(w.nf4), in_features}, s, b, rank, addend, rows, out_features,
                                in_features, y, parallel);
+    }
     Scratch<float> update(rank > 0 ? rows * out_features : 0);
     if (rank > 0) {
         product<T>(out_features, rows, parallel,
@@ -130,7 +126,7 @@ void forward(const In* x, const Base& w, const float* bias, const In* s, const I
                         StoreColumns<float>{update, out_features, addend}});
         addend = {update, out_features};
     }
-    few_forward(x, w.nf4, addend, rows, out_features, in_features, y, parallel);
+    few_forward(x, w, addend, rows, out_features, in_features, y, parallel);
 }
 
 // gx = after(ds A) + g W + addend
@@ -179,7 +175,7 @@ void TLK_LEVEL::lora_linear(const void* x_, Dtype dtype, const Base& w, const fl
             });
         }
         if (rows == 0 || out_features == 0) return;
-        forward(x, w, bias, static_cast<const In*>(s), b, lora.rank, rows, out_features, in_features,
+        forward(x, w, Addend{bias, 0}, static_cast<const In*>(s), b, lora.rank, rows, out_features, in_features,
                 static_cast<In*>(y), parallel);
     });
 }
@@ -324,7 +320,6 @@ void TLK_LEVEL::lora_linear_grouped(const void* x_, Dtype dtype, const void* w, 
                                     void* y, void* s_, Parallel parallel) {
     const Group group(group_);
     by_dtype(dtype, [&]<class In>(In) {
-        using T = typename Arithmetic<In>::type;
         const In* x = typed<In>(x_);
         auto* s = static_cast<In*>(s_);
         down(x, in_features, group, rows, rows_of_a<In>(group, in_features), s, parallel);
@@ -336,9 +331,8 @@ void TLK_LEVEL::lora_linear_grouped(const void* x_, Dtype dtype, const void* w, 
             s, out_features, group, rows_of_b<In>(group, out_features),
             [&](int64_t l) { return StoreRows<float>{update, out_features, one, 1.f, group.rows(l)}; }, parallel);
         const Addend addend{update, out_features};
-        if (in_features == 0) return fill_rows(static_cast<In*>(y), rows, out_features, addend);
-        dense_forward<T>(x, typed<In>(w), static_cast<const In*>(nullptr), static_cast<const In*>(nullptr), 0, addend,
-                         rows, out_features, in_features, static_cast<In*>(y), parallel);
+        forward(x, Base{w, {}}, addend, static_cast<const In*>(nullptr), static_cast<const In*>(nullptr), 0, rows,
+                out_features, in_features, static_cast<In*>(y), parallel);
     });
 }
 
