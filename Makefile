@@ -1,5 +1,5 @@
 # Every target sets up what it needs: only Python, a C++ compiler and make are assumed.
-#     make demo | test | bench | wheel | test-wheel | lint | format | asan | venv | clean
+#     make demo | test | bench [FAMILY=lora] | wheel | test-wheel | lint | format | asan | venv | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -31,13 +31,21 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 
 demo: venv
 	$(BIN)/python examples/nf4_minilm.py
+	$(BIN)/python examples/qlora_text.py --short
 
 # Two workers share two cores: one thread each, but for the tests that set the number themselves.
 test: venv
 	OMP_NUM_THREADS=1 TLKERNELS_REQUIRE=cpu $(BIN)/python -m pytest -n 2 -m "not packaging" $(PYTEST_ARGS)
 
+# `make bench FAMILY=lora` measures one family, plain `make bench` all of them, each in a process of its own. A quick
+# run writes no page. The engine is measured on one core and on two.
+FAMILY ?= gemm nf4 lora
+BENCH_DOCS := $(if $(findstring --quick,$(BENCH_ARGS)),,--write-docs)
 bench: venv
-	$(BIN)/python -m bench --family nf4 --device cpu --write-docs $(BENCH_ARGS)
+	status=0; for family in $(FAMILY); do \
+	    threads=; if [ $$family = gemm ]; then threads="--threads 1,2"; fi; \
+	    $(BIN)/python -m bench --family $$family --device cpu $(BENCH_DOCS) $$threads $(BENCH_ARGS) || status=1; \
+	done; exit $$status
 
 # setuptools packs all that lies in build/lib*, including what an earlier build left there.
 wheel: venv

@@ -3,7 +3,7 @@
 # benchmark against the peers. Run in the repository root on a machine with a CUDA GPU, nvcc and torch >= 2.11.
 #
 #   OUT      folder for results (default: bench/results)
-#   WHEELS   folder with wheels of peers (bitsandbytes, liger-kernel), installed from there alone; optional
+#   WHEELS   folder with wheels of peers (bitsandbytes, peft and what it needs), installed from there alone; optional
 #   PYTHON   the interpreter that has torch (default: python3)
 #
 # A stage that fails or outlasts its time does not stop the next ones. The exit status is 1 where a test, the
@@ -32,7 +32,7 @@ stage() {
     local verdict=ok
     if [ "$status" -ge 124 ] && [ "$status" -ne 125 ]; then verdict="stopped (status $status)"; elif [ "$status" -ne 0 ]; then verdict="failed (status $status)"; fi
     if [ "$status" -ne 0 ] && [ "$weight" = fatal ]; then failed=1; fi
-    summary+=("$(printf '%-12s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
+    summary+=("$(printf '%-14s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
     return "$status"
 }
 
@@ -70,6 +70,12 @@ peers() {
 tests() {
     TLKERNELS_REQUIRE=cuda,triton "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider \
         --junitxml="$OUT/gpu-tests.xml" tests/ops/test_nf4_cuda.py tests/ops/test_nf4_triton.py
+}
+
+# Triton compiles every kernel for every kind of argument, so these may run out of time: what ran then counts.
+tests_lora() {
+    TLKERNELS_REQUIRE=triton "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider \
+        --junitxml="$OUT/gpu-tests-lora.xml" tests/ops/test_lora_triton.py -k cuda
 }
 
 # Each CUDA kernel on small and odd shapes.
@@ -114,7 +120,13 @@ sanitize() {
 }
 
 benchmark() {
-    "$PYTHON" -W ignore -m bench --family nf4 --device cuda --max-minutes 3.3 --out "$OUT/cuda-nf4.json"
+    "$PYTHON" -W ignore -m bench --family nf4 --device cuda --max-minutes 1.8 --out "$OUT/cuda-nf4.json"
+}
+
+# What the goals name comes first: bfloat16, forward and backward.
+benchmark_lora() {
+    "$PYTHON" -W ignore -m bench --family lora --device cuda --max-minutes 1.2 --dtypes bfloat16 \
+        --shapes 4096x4096 --rows 64,512,8192 --out "$OUT/cuda-lora.json"
 }
 
 plots() {
@@ -124,27 +136,30 @@ from pathlib import Path
 from bench import report
 
 out = Path(sys.argv[1])
-result = report.Report.load(out / "cuda-nf4.json")
-(out / "cuda-nf4.md").write_text(report.markdown(result, report.write_plots(result, out)) + "\n")
+for path in sorted(out.glob("cuda-*.json")):
+    result = report.Report.load(path)
+    path.with_suffix(".md").write_text(report.markdown(result, report.write_plots(result, out)) + "\n")
 PYTHON
 }
 
-export -f machine build peers tests sanitize benchmark plots
+export -f machine build peers tests tests_lora sanitize benchmark benchmark_lora plots
 export PYTHON OUT SITE SMOKE
 WHEELS=${WHEELS:+$(cd "$WHEELS" && pwd)}
 export WHEELS
 
 stage machine 20 soft bash -c machine
 stage peers 30 soft bash -c peers
-if stage build 130 fatal bash -c build; then
-    stage tests 110 fatal bash -c tests
+if stage build 120 fatal bash -c build; then
+    stage tests 100 fatal bash -c tests
+    stage tests-lora 50 soft bash -c tests_lora
     stage sanitizer 40 fatal bash -c sanitize
-    stage benchmark 230 fatal bash -c benchmark
+    stage benchmark 125 fatal bash -c benchmark
+    stage benchmark-lora 90 fatal bash -c benchmark_lora
     stage plots 15 soft bash -c plots
 fi
 
 echo
-echo "stage        time  result"
+echo "stage          time  result"
 printf '%s\n' "${summary[@]}"
 echo "results: $OUT"
 exit "$failed"

@@ -64,6 +64,7 @@ class Row:
     speedup: float = math.nan  # over the best peer whose result is right
     best_peer: str = ""
     note: str = ""
+    yardstick: bool = False  # computes something else that the rest is held against: no peer
 
 
 @dataclass
@@ -81,6 +82,9 @@ def run_case(
     """Check and time all providers on one problem."""
     clock = _cuda_samples if device.type == "cuda" else _cpu_samples
     rows, contenders = [], []
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # the collections before each measurement of memory need not look at what large packages hold
     for provider in providers:
         row = _row(problem.case, provider, device)
         try:
@@ -88,7 +92,8 @@ def run_case(
                 run = provider.prepare(problem)
                 if run is None:
                     continue
-                row.error = problem.error(run.call())
+                row.yardstick = run.yardstick
+                row.error = (run.error or problem.error)(run.call())
                 row.extra_bytes = extra_memory(run.whole or run.call, problem.output_bytes, device)
                 estimate = _estimate(run.call, device)
                 if row.extra_bytes and estimate < SLOW_CALL_SECONDS:  # what else grew meanwhile is not the call's
@@ -100,6 +105,8 @@ def run_case(
         row.right = not row.note and row.error <= problem.tolerance
         if not row.note and not row.right:
             row.note = f"wrong: error {row.error:.1e}, tolerance {problem.tolerance:.0e}"
+        elif row.yardstick and row.right:
+            row.note = "a yardstick, not a peer"
         rows.append(row)
     _take_turns(contenders, clock, effort)
     for contender in contenders:
@@ -128,6 +135,8 @@ def _row(case: Case, provider: Provider, device: torch.device) -> Row:
 def _fill(row: Row, samples: list[float], problem: Problem, ceilings: Ceilings) -> None:
     row.lower_quartile, row.seconds, row.upper_quartile = (float(q) for q in np.percentile(samples, (25, 50, 75)))
     row.samples = len(samples)
+    if row.yardstick:  # the problem's bytes and operations are not what it needs
+        return
     row.bytes_per_second = (problem.bytes_read + problem.bytes_written) / row.seconds
     row.flops_per_second = problem.flops / row.seconds if problem.flops else math.nan
     least = ceilings.seconds(problem.bytes_read, problem.bytes_written, problem.flops, problem.ceiling)
@@ -136,10 +145,11 @@ def _fill(row: Row, samples: list[float], problem: Problem, ceilings: Ceilings) 
 
 def compare(rows: list[Row]) -> None:
     """Fill in the speed-ups of one case's rows: over the fastest peer among those whose results are right."""
-    peers = [row for row in rows if not row.ours and row.right]
+    peers = [row for row in rows if not row.ours and row.right and not row.yardstick]
     best = min(peers, key=lambda row: row.seconds, default=None)
     for row in rows:
-        row.speedup = best.seconds / row.seconds if best is not None and row.right else math.nan
+        comparable = row.right and not row.yardstick
+        row.speedup = best.seconds / row.seconds if best is not None and comparable else math.nan
         row.best_peer = best.provider if best is not None else ""
 
 

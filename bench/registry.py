@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 #: Families by name; each is a module of this package with an object `FAMILY`.
-FAMILIES = ("nf4",)
+FAMILIES = ("gemm", "lora", "nf4")
 
 #: A product whose relative error exceeds this is wrong. Twice and more what rounding the result to the dtype and
 #: accumulating in another order costs, and below what a computation in a narrower dtype does: a float32 product done
@@ -59,11 +59,15 @@ class Run:
     """A provider made ready for a problem: `call` is what is timed.
 
     ``whole`` is what memory is measured over where that is more than the timed call: for a backward pass the forward
-    pass too, since what it saves is the point.
+    pass too, since what it saves is the point. ``error`` is the judge of its results where that is not the problem's: a
+    provider that draws its own dropout mask, or a *yardstick*, which computes something else, such as the layer without
+    its adapter. The rest is held against a yardstick, but it is no peer.
     """
 
     call: Callable[[], Any]
     whole: Callable[[], Any] | None = None
+    error: Callable[[Any], float] | None = None
+    yardstick: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,15 @@ class Selection:
     providers: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A column of our rows: this provider's time over ours, or, as a `cost`, our time over this provider's."""
+
+    heading: str
+    provider: str
+    cost: bool = False
+
+
 class Family(Protocol):
     """A group of ops that is benchmarked together."""
 
@@ -114,6 +127,30 @@ def load(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"family: got {name!r}, expected one of {', '.join(FAMILIES)}")
     return importlib.import_module(f"bench.{name}").FAMILY
+
+
+def ratios(name: str) -> tuple[Ratio, ...]:
+    """The columns that a family's module asks for in `RATIOS`, beside the speed-up over the best peer."""
+    return getattr(importlib.import_module(f"bench.{name}"), "RATIOS", ())
+
+
+def plotted(name: str) -> tuple[str, ...]:
+    """The ops that a family's module wants plotted, in `PLOTTED`; nothing stands for all."""
+    return getattr(importlib.import_module(f"bench.{name}"), "PLOTTED", ())
+
+
+#: Shapes, each with its numbers of rows; no numbers where the op has no rows.
+Sizes = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+def sizes(listed: Sizes, selection: Selection) -> list[tuple[tuple[int, ...], int | None]]:
+    """The listed sizes, or what the selection puts in their place; a shape that is not listed has the first's rows."""
+    rows_of = dict(listed)
+    pairs: list[tuple[tuple[int, ...], int | None]] = []
+    for shape in selection.shapes or rows_of:
+        rows = rows_of.get(shape, listed[0][1])
+        pairs += [(shape, count) for count in ((selection.rows or rows) if rows else (None,))]
+    return pairs
 
 
 def dtype_name(dtype: torch.dtype) -> str:

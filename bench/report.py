@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from bench.harness import Row
+from bench.registry import Ratio, plotted, ratios
 from bench.roofline import Ceilings
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("tlkernels", "torch", "triton", "numpy", "bitsandbytes")
+_PACKAGES = ("tlkernels", "torch", "triton", "numpy", "bitsandbytes", "peft")
 
 
 @dataclass
@@ -218,11 +219,15 @@ def markdown(report: Report, plots: Iterable[str] = ()) -> str:
     parts += [f"Not measured: {line}." for line in report.missing]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
     ours = [row for row in report.rows if row.ours]
+    extra = ratios(report.family)
     head = (
-        "op", "shape", "rows", "dtype", "threads", "backend", "time", "over best peer", "best peer", "of ceiling",
-        "extra memory", "error",
+        "op", "shape", "rows", "dtype", "threads", "backend", "time", "over best peer", "best peer",
+        *(("GFLOP/s", *(ratio.heading for ratio in extra)) if extra else ()), "of ceiling", "extra memory", "error",
     )  # fmt: skip
-    parts.append("### Our rows\n\n" + _table(head, map(_our_cells, ours)))
+    of_case: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in report.rows:
+        of_case.setdefault(_case(row), {})[row.provider] = row
+    parts.append("### Our rows\n\n" + _table(head, (_our_cells(row, of_case[_case(row)], extra) for row in ours)))
     parts.append("### Every row")
     for op, rows in groupby(report.rows, key=lambda row: row.op):
         head = (
@@ -233,7 +238,19 @@ def markdown(report: Report, plots: Iterable[str] = ()) -> str:
     return "\n\n".join(parts)
 
 
-def _our_cells(row: Row) -> Iterator[str]:
+def _case(row: Row) -> tuple[Any, ...]:
+    return row.op, row.shape, row.rows, row.dtype, row.threads
+
+
+def _ratio(row: Row, others: dict[str, Row], ratio: Ratio) -> float:
+    """NaN where one of both is missing or wrong."""
+    other = others.get(ratio.provider)
+    if other is None or not other.right or not row.right:
+        return math.nan
+    return row.seconds / other.seconds if ratio.cost else other.seconds / row.seconds
+
+
+def _our_cells(row: Row, others: dict[str, Row], extra: tuple[Ratio, ...]) -> Iterator[str]:
     peer = row.best_peer or "none right"
     yield from (
         row.op,
@@ -244,7 +261,10 @@ def _our_cells(row: Row) -> Iterator[str]:
         row.provider,
         _time(row.seconds),
     )
-    yield from (_times(row.speedup), peer, _percent(row.fraction), _bytes(row.extra_bytes))
+    yield from (_times(row.speedup), peer)
+    if extra:
+        yield from (_rate(row.flops_per_second), *(_times(_ratio(row, others, ratio)) for ratio in extra))
+    yield from (_percent(row.fraction), _bytes(row.extra_bytes))
     yield _error(row.error) if row.right else f"**{row.note}**"
 
 
@@ -270,15 +290,20 @@ _DTYPE = "bfloat16"
 
 
 def write_plots(report: Report, folder: Path) -> list[str]:
-    """Time and extra memory against size in bfloat16; the names of the files written."""
+    """Time and extra memory against size in bfloat16, or rates where no sizes form a line; the names of the files."""
     measures = (("time", "seconds", "time"), ("memory", "extra_bytes", "extra memory"))
     threads = max((row.threads for row in report.rows), default=0)
+    chosen = plotted(report.family)
     rows = [row for row in report.rows if row.dtype == _DTYPE and row.threads == threads]
+    rows = [row for row in rows if not chosen or row.op in chosen]
     names = []
     for word, attribute, label in measures:
         name = f"bench-{report.family}-{report.device}-{word}.png"
         if _plot(rows, attribute, label, f"{report.family} in {_DTYPE} on {_where(report, threads)}", folder / name):
             names.append(name)
+    rate = f"bench-{report.family}-{report.device}-rate.png"
+    if not names and _bars(report, folder / rate):
+        names.append(rate)
     return names
 
 
@@ -344,6 +369,54 @@ def _plot(rows: list[Row], attribute: str, label: str, title: str, path: Path) -
     figure.suptitle(title, fontsize=14, fontweight="bold")
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(len(handles), 6), frameon=False)
     figure.tight_layout(rect=(0, 0.06 if lines < 3 else 0.04, 1, 0.98))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def _bar_label(row: Row) -> str:
+    return f"{row.op}\n{row.rows} x {row.shape}" if row.rows else f"{row.op}\n{row.shape}"
+
+
+def _bars(report: Report, path: Path) -> bool:
+    """GFLOP/s of every provider, one panel for each dtype and number of threads, below the measured peak."""
+    rows = [row for row in report.rows if row.right and not math.isnan(row.flops_per_second)]
+    if not rows:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    providers = list(dict.fromkeys(row.provider for row in rows))
+    panels = list(dict.fromkeys((row.dtype, row.threads) for row in rows))
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(7.6 * columns, 3.8 * lines + 0.9), squeeze=False)
+    for axis, (dtype, threads) in zip(axes.flat, panels, strict=False):
+        mine = [row for row in rows if (row.dtype, row.threads) == (dtype, threads)]
+        labels = list(dict.fromkeys(map(_bar_label, mine)))
+        width = 0.8 / len(providers)
+        for index, provider in enumerate(providers):
+            bars = {_bar_label(row): row.flops_per_second / 1e9 for row in mine if row.provider == provider}
+            places = [labels.index(label) + (index - (len(providers) - 1) / 2) * width for label in bars]
+            axis.bar(places, list(bars.values()), width, color=_COLOURS[index % len(_COLOURS)], label=provider)
+        peak = next((c.bf16 if dtype == "bfloat16" else c.fp32 for c in report.ceilings if c.threads == threads), 0.0)
+        if peak:
+            axis.axhline(peak / 1e9, color="#555555", linestyle="--", linewidth=1.0, label="measured peak")
+        axis.set_xticks(range(len(labels)), labels, fontsize=8)
+        axis.set(title=f"{dtype}, {threads} thread{'s' if threads != 1 else ''}", ylabel="GFLOP/s")
+        axis.grid(True, axis="y", color="#dddddd", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    handles = {
+        text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.suptitle(f"{report.family} on {_where(report, 0).rpartition(',')[0] or report.device}", fontweight="bold")
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(len(handles), 6), frameon=False)
+    figure.tight_layout(rect=(0, 0.07 if lines < 2 else 0.04, 1, 0.98))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tlkernels  # noqa: E402
-from bench import harness, nf4, report, roofline  # noqa: E402
+from bench import gemm, harness, lora, nf4, registry, report, roofline  # noqa: E402
 from bench.__main__ import main, run  # noqa: E402
-from bench.registry import Case, Problem, Provider, Run, Selection  # noqa: E402
+from bench.registry import Case, Problem, Provider, Ratio, Run, Selection  # noqa: E402
 from tlkernels import ops  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -115,6 +115,22 @@ def test_one_bit_off_is_wrong(op: str) -> None:
     changed = result[0] if op == "quantize" else result
     changed.view(-1).view(torch.uint8)[5] ^= 1
     assert problem.error(result) > 0.0
+
+
+def test_a_yardstick_is_held_against_its_own_judge_and_is_no_peer() -> None:
+    def shorter(problem: Problem) -> Run:
+        return Run(lambda: time.sleep(0.001) or 0.5, error=lambda result: 0.5 - result, yardstick=True)
+
+    ceilings = roofline.Ceilings(copy={100: 1e9}, fp32=1e9)
+    rows = _rows(
+        _sleeper("ours", 0.004, ours=True), _sleeper("peer", 0.012), Provider("less", False, shorter),
+        ceilings=ceilings,
+    )  # fmt: skip
+    less = rows["less"]
+    assert less.right and less.error == 0.0 and less.yardstick and 0.001 < less.seconds < 0.004
+    assert rows["ours"].best_peer == rows["peer"].best_peer == "peer" and rows["peer"].speedup == 1.0
+    for number in (less.speedup, less.fraction, less.bytes_per_second, less.flops_per_second):
+        assert math.isnan(number), "the problem's work is not its work"
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
@@ -284,7 +300,8 @@ def test_every_op_is_benchmarked_at_every_size() -> None:
     benchmarked = {name for names in nf4._TABLE_OPS.values() for name in names}
     # the scales are a sixty-fourth of the numbers; nf4_linear_many is a part of nf4_linear
     aside = {"absmax_quantize", "absmax_dequantize", "nf4_linear_many"}
-    assert benchmarked | aside == {n for n in ops._registry.OPS if n.startswith(("nf4_", "absmax_"))}
+    mine = {n for n in ops._registry.OPS if n.startswith(("nf4_", "absmax_"))}
+    assert benchmarked | aside == {n for n in mine if "lora" not in n and "dora" not in n}
 
 
 def test_selection() -> None:
@@ -310,6 +327,165 @@ def test_every_provider_solves_small_problems(op: str) -> None:
                 assert problem.error(prepared.call()) <= problem.tolerance, provider.name
                 if prepared.whole is not None:
                     prepared.whole()
+
+
+# ---- lora -----------------------------------------------------------------------------------------------------------
+
+LORA_ROWS = {"dora_weight_norm": None, "merge": None}
+
+
+def _lora_problem(op: str, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, int] = (96, 64)) -> Problem:
+    return lora.FAMILY.problem(Case(op, shape, dtype, LORA_ROWS.get(op, 40)), CPU)
+
+
+def test_every_lora_op_is_benchmarked_at_every_size() -> None:
+    cases = lora.FAMILY.cases(Selection())
+    assert len(set(cases)) == len(cases) and {c.op for c in cases} == set(lora.OPS)
+    sizes = {((1024, 1024), r) for r in (16, 512, 2048)} | {((4096, 4096), r) for r in (8, 512, 2048)}
+    for op in set(lora.LAYERS) - {"both_rank64"}:
+        assert {(c.shape, c.rows, c.dtype) for c in cases if c.op == op} == {
+            (*s, d) for s in sizes for d in lora.DTYPES
+        }
+    layers = set(lora.LAYERS.values())
+    kinds = ("forward", "backward", "both")
+    assert layers == {lora.Layer(k, n, p) for k in kinds for n in (False, True) for p in (0.0, 0.1)} | {
+        lora.Layer("both", rank=64)
+    }
+    assert {(c.shape, c.rows) for c in cases if c.op.startswith("grouped")} == {((4096, 4096), 64)}
+    needed = set().union(*map(lora._needed, lora.OPS))
+    # the mask is a part of every op with dropout; the rest is not among what the family promises to measure
+    aside = {"lora_dropout_mask", "lora_grouped_grad", "lora_grouped_grad_x", "nf4_dora_weight_norm"}
+    assert needed | aside == {n for n in ops._registry.OPS if "lora" in n or "dora" in n}
+
+
+@pytest.mark.parametrize("family", [lora.FAMILY, gemm.FAMILY], ids=lambda family: family.name)
+def test_selection_of_families(family: registry.Family) -> None:
+    op = family.ops[0]
+    chosen = Selection(ops=(op,), shapes=((64, 32), (32, 64)), rows=(3,), dtypes=(torch.float16,))
+    assert family.cases(chosen) == [Case(op, shape, torch.float16, 3) for shape in ((64, 32), (32, 64))]
+    assert all(max(c.shape) <= 1024 for c in family.cases(Selection(quick=True)))
+    assert {c.op for c in family.cases(Selection(quick=True))} == set(family.ops)
+
+
+def test_sizes() -> None:
+    listed = (((2, 3), (1, 4)), ((5, 6), (7,)))
+    assert registry.sizes(listed, Selection()) == [((2, 3), 1), ((2, 3), 4), ((5, 6), 7)]
+    assert registry.sizes(listed, Selection(rows=(9,))) == [((2, 3), 9), ((5, 6), 9)]
+    assert registry.sizes(listed, Selection(shapes=((5, 6), (8, 8)))) == [((5, 6), 7), ((8, 8), 1), ((8, 8), 4)]
+    assert registry.sizes((((2, 3), ()),), Selection(rows=(9,))) == [((2, 3), None)]
+
+
+@pytest.mark.parametrize("op", lora.OPS)
+def test_every_lora_provider_solves_small_problems(op: str) -> None:
+    """Peers too, and each with the mask that it drew itself."""
+    problem, seen = _lora_problem(op), set()
+    for provider in lora.FAMILY.providers(CPU):
+        if provider.name == "PEFT compiled":
+            continue  # compiling takes many seconds
+        with provider.context():
+            prepared = provider.prepare(problem)
+            if prepared is not None:
+                seen.add(provider.name)
+                assert (prepared.error or problem.error)(prepared.call()) <= problem.tolerance, provider.name
+                if prepared.whole is not None:
+                    assert set(prepared.whole()) > set(prepared.call())
+    dense = {"PEFT", "PEFT model-dtype"} if lora._installed("peft") else set()
+    nf4_peer = {"PEFT bitsandbytes"} if lora._installed("peft") and lora._installed("bitsandbytes") else set()
+    grouped = {"loop over adapters", "gather", "one adapter", "tlkernels one adapter"}
+    others = {
+        "grouped": grouped | {"frozen layer"},
+        "grouped_delta": grouped,
+        "dora_weight_norm": {"formed sum"},
+        "merge": {"addmm by hand", *dense} - {"PEFT model-dtype"},
+    }
+    if op in lora.LAYERS:
+        others[op] = {"frozen layer"} | (nf4_peer if lora.LAYERS[op].nf4 else {"addmm by hand", *dense})
+    assert seen - {"tlkernels cpu"} == others[op] | {"reference eager"}
+
+
+def test_lora_yardsticks_do_not_solve_the_problem() -> None:
+    """Their results are right by their own judge alone."""
+    for op in ("both", "nf4_forward", "grouped", "grouped_delta"):
+        problem = _lora_problem(op)
+        for provider in lora.FAMILY.providers(CPU):
+            if "frozen" in provider.name or "one adapter" in provider.name:
+                run = provider.prepare(problem)
+                if run is not None:
+                    assert run.yardstick and run.error is not None
+                    assert problem.error(run.call()) > problem.tolerance, (op, provider.name)
+
+
+@pytest.mark.parametrize("op", ["both", "nf4_both", "both_dropout"])
+def test_a_layer_with_one_wrong_result_is_wrong(op: str) -> None:
+    problem = _lora_problem(op)
+    right = lora._ours(problem).call()
+    assert set(right) == {"y", "dx", "da", "db"} and problem.error(right) <= problem.tolerance
+    for name in right:
+        wrong = {**right, name: right[name] * 1.02}
+        assert problem.error(wrong) > problem.tolerance, name
+        for broken in (right[name][1:], right[name] * math.nan):
+            assert problem.error({**right, name: broken}) == math.inf
+    assert problem.error({"y": right["y"]}) == math.inf
+    assert problem.error({**right, "y": right["y"].float()}) == math.inf
+
+
+def test_another_mask_is_wrong() -> None:
+    problem = _lora_problem("both_dropout", torch.float32)
+    judge = lora._LayerJudge(problem.case, problem.data, ~problem.data["mask"])
+    result = lora._ours(problem).call()
+    assert problem.error(result) <= problem.tolerance < 1e-2 < judge(result)
+    assert lora._LayerJudge(problem.case, problem.data, None)(result) > 1e-2
+
+
+def test_grouped_with_one_wrong_row_is_wrong() -> None:
+    problem = _lora_problem("grouped_delta", torch.float32)
+    result = lora._ours(problem).call()
+    assert problem.error(result) <= problem.tolerance
+    assert problem.error(problem.data["y"]) > 0.1, "without the update"
+    result[7, 3] += 0.1
+    assert problem.error(result) > problem.tolerance
+
+
+# ---- gemm -----------------------------------------------------------------------------------------------------------
+
+
+def test_gemm_sizes() -> None:
+    cases = gemm.FAMILY.cases(Selection())
+    assert len(set(cases)) == len(cases)
+    sizes = {(2048, 2048, 2048), (4096, 4096, 512), (512, 4096, 4096), (2048, 1024, 1024)}
+    assert {(c.rows, *c.shape, c.dtype) for c in cases if c.op == "nt"} == {(*s, d) for s in sizes for d in gemm.DTYPES}
+    assert {(c.op, c.rows, *c.shape) for c in cases if c.op != "nt"} == {(o, 2048, 2048, 2048) for o in ("nn", "tn")}
+
+
+@pytest.mark.parametrize("dtype", gemm.DTYPES, ids=str)
+@pytest.mark.parametrize("op", gemm.OPS)
+def test_every_gemm_provider_solves_small_problems(op: str, dtype: torch.dtype) -> None:
+    problem = gemm.FAMILY.problem(Case(op, (67, 130), dtype, 33), CPU)
+    assert problem.flops == 2 * 33 * 67 * 130
+    for provider in gemm.FAMILY.providers(CPU):
+        with provider.context():
+            run = provider.prepare(problem)
+            if run is None:
+                assert op != "nt" and provider.name.startswith("oneDNN")
+                continue
+            result = run.call()
+            assert problem.error(result) <= problem.tolerance, provider.name
+        wrong = result.clone()
+        wrong[32, 66] += 8.0
+        assert problem.error(wrong) > problem.tolerance
+        assert problem.error(result.T) == problem.error(result.double()) == problem.error(result * math.nan) == math.inf
+
+
+def test_the_engine_has_as_many_threads_as_torch() -> None:
+    kernels = pytest.importorskip("tlkernels._numpy")
+    before = kernels.get_num_threads()
+    kernels.set_num_threads(torch.get_num_threads() + 1)
+    try:
+        with gemm._turn():
+            assert kernels.get_num_threads() == torch.get_num_threads()
+        assert kernels.get_num_threads() == torch.get_num_threads() + 1
+    finally:
+        kernels.set_num_threads(before)
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -372,6 +548,62 @@ def test_docs_are_rewritten_between_markers(small: tuple[report.Report, Path], t
         report.replace_between("no markers", "nf4-cpu", "")
 
 
+def test_ratios_are_of_the_same_case_and_of_right_rows(small: tuple[report.Report, Path]) -> None:
+    def row(provider: str, seconds: float, **other: object) -> harness.Row:
+        values = {"rows": 4, "dtype": "float32", "ours": False, "threads": 1, "right": True, **other}
+        return harness.Row("both", "8x8", provider=provider, seconds=seconds, **values)
+
+    ours = row("tlkernels cpu", 2.0, ours=True)
+    others = {r.provider: r for r in (row("frozen layer", 1.6), row("PEFT", 5.0), row("wrong", 9.0, right=False))}
+    assert report._ratio(ours, others, Ratio("", "frozen layer", cost=True)) == pytest.approx(1.25)
+    assert report._ratio(ours, others, Ratio("", "PEFT")) == pytest.approx(2.5)
+    assert math.isnan(report._ratio(ours, others, Ratio("", "wrong")))
+    assert math.isnan(report._ratio(ours, others, Ratio("", "nobody")))
+    assert math.isnan(report._ratio(row("ours", 2.0, right=False), others, Ratio("", "PEFT")))
+    rows = [ours, *others.values(), row("frozen layer", 0.1, threads=2), row("PEFT", 0.1, rows=5)]
+    text = report.markdown(report.Report("lora", "cpu", {}, rows=rows))
+    head, _, line = text[text.index("### Our rows") :].splitlines()[2:5]
+    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert (cells["of the frozen layer"], cells["over PEFT"]) == ("1.25x", "2.50x")
+    assert cells["over PEFT + bitsandbytes"] == cells["of one adapter"] == "-"
+    assert "over PEFT" not in report.markdown(small[0]), "nf4 asks for no such columns"
+
+
+@pytest.mark.parametrize("family", [lora.FAMILY, gemm.FAMILY], ids=lambda family: family.name)
+def test_a_run_of_each_family(family: registry.Family, tmp_path: Path) -> None:
+    """Its options, its table, and its part of the page, with the other families' parts left alone."""
+    pytest.importorskip("matplotlib")
+    peers = {"lora": "addmm", "gemm": "torch.mm"}[family.name]
+    yardstick = {"lora": "frozen layer", "gemm": "torch.mm"}[family.name]
+    selection = Selection(
+        quick=True, ops=(family.ops[0],), shapes=((64, 64),), rows=(4, 8), dtypes=(torch.bfloat16,),
+        providers=("tlkernels", peers, yardstick),
+    )  # fmt: skip
+    result = run(family, CPU, selection, (1,), out=tmp_path / "r.json")
+    assert {(r.op, r.shape, r.rows) for r in result.rows} == {(family.ops[0], "64x64", n) for n in (4, 8)}
+    assert {r.provider for r in result.rows} >= {yardstick} and all(r.right for r in result.rows)
+    again = report.Report.load(tmp_path / "r.json")
+    text = report.markdown(again)
+    assert text == report.markdown(result)
+    for heading in (ratio.heading for ratio in registry.ratios(family.name)):
+        assert f" | {heading} | " in text
+    page = tmp_path / "benchmarks.md"
+    before = (ROOT / "docs" / "benchmarks.md").read_text()
+    page.write_text(before)
+    report.write_docs(result, tmp_path)
+    begin, end = (f"<!-- {word} {family.name}-cpu -->" for word in ("begin", "end"))
+    after = page.read_text()
+    assert after.partition(begin)[0] == before.partition(begin)[0]
+    assert after.partition(end)[2] == before.partition(end)[2]
+    assert list(tmp_path.glob(f"bench-{family.name}-cpu-*.png"))
+
+
+def test_the_page_has_a_place_for_every_family() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for name in registry.FAMILIES:
+        assert page.count(f"<!-- begin {name}-cpu -->") == page.count(f"<!-- end {name}-cpu -->") == 1
+
+
 def test_time_limit_leaves_out_and_says_so(tmp_path: Path) -> None:
     selection = Selection(
         quick=True, ops=("dequantize",), shapes=((64, 64),), dtypes=(torch.float32,), providers=("dense",)
@@ -397,8 +629,10 @@ def test_a_wrong_result_of_ours_is_the_exit_status(
         (["--shapes", "0x64"], "expected OUTxIN"),
         (["--threads", "0"], "expected numbers from 1 up"),
         (["--dtypes", "int8"], "expected float32, bfloat16 or float16"),
-        (["--family", "lora"], "invalid choice"),
+        (["--family", "nonsense"], "invalid choice"),
         (["--op", "nonsense"], "expected some of quantize"),
+        (["--family", "lora", "--op", "quantize"], "expected some of both"),
+        (["--family", "gemm", "--op", "quantize"], "expected some of nt, nn, tn"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

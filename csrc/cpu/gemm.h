@@ -40,7 +40,7 @@ constexpr int64_t kDepth = 256;              // words along k of a panel: [256][
 constexpr int64_t kPackedBytes = 384 << 10;  // of a block of A, packed: it stays in L2
 constexpr int64_t kBlockColumns = 256;       // of C, where each block packs its own panels
 constexpr int64_t kBlockBytes = 512 << 10;   // of C, where the panels are shared
-constexpr int64_t kSharedBytes = 4 << 20;    // of B, packed once for all blocks
+constexpr int64_t kSharedBytes = 8 << 20;    // of B, packed once for all blocks
 constexpr int64_t kUnits = 4;                // blocks that a product should have at least, to share among threads
 constexpr int64_t kSmallWork = 1 << 16;      // multiply-adds below which a thread is not worth waking
 
@@ -376,7 +376,7 @@ Cut cut(int64_t m, int64_t begin, int64_t end, bool shared, const Terms&... term
     const int64_t run = max(kDepth, min(largest_of(decltype(terms.a)::run...), words_of<T>(terms...)));
     const int64_t fit = max<int64_t>(1, kPackedBytes / int64_t(sizeof(typename T::word)) / run / tile);
     // a narrow product uses A once: what is packed of it should not even leave L1
-    const int64_t row_blocks = ceil_div(m, min<int64_t>(fit, Vecs == 1 ? 1 : 256 / tile) * tile);
+    const int64_t row_blocks = ceil_div(m, min<int64_t>(fit, Vecs == 1 ? 1 : (shared ? 132 : 256) / tile) * tile);
     Cut c{m, begin, end, round_up(ceil_div(m, row_blocks), tile), 0, shared};
     const int64_t most =
         shared ? kBlockBytes / int64_t(sizeof(float)) / c.rows : largest_of(decltype(terms.b)::columns...);

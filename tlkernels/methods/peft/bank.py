@@ -151,6 +151,8 @@ class BankLinear(TunerModule):
     ----------
     base_layer : torch.nn.Linear, NF4Linear or transformers' Conv1D
         The model's own, left as it is.
+    in_features, out_features : int
+        Its sizes.
     sections : torch.nn.ModuleList
         The stacked factors: one entry, or for a packed layer one for each of the layers packed into it.
     """
@@ -159,6 +161,7 @@ class BankLinear(TunerModule):
         super().__init__()
         self._bank = bank
         self.base_layer = base_layer
+        self.in_features, self.out_features = _sizes(base_layer, is_conv1d(base_layer))
         self.sections = nn.ModuleList(sections)
         self.train(base_layer.training)
 
@@ -211,7 +214,8 @@ class BankLinear(TunerModule):
 
     def extra_repr(self) -> str:
         """Return what ``repr`` says of the layer."""
-        return f"capacity={self._bank.capacity}, max_rank={self._bank.max_rank}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, capacity={self._bank.capacity}, max_rank={self._bank.max_rank}"
 
 
 # ---- the bank -------------------------------------------------------------------------------------------------------
@@ -301,8 +305,9 @@ class AdapterBank:
     *Threads.* Any number of threads may run the model in blocks of their own while others `load` and `evict`. A block
     keeps the versions that it began with until it ends. `install` and `remove` are not for running models.
 
-    *Limits.* Inference only. LoRA and rsLoRA on linear layers: no DoRA, no biases, no modules trained whole. The model
-    cannot be copied, pickled or compiled while the bank is installed.
+    *Limits.* Inference only. LoRA and rsLoRA on linear layers: no DoRA, no biases, no modules trained whole. While the
+    bank is installed the model cannot be copied, pickled or exported, and `torch.compile` breaks its graph at each of
+    the bank's layers.
 
     References
     ----------
