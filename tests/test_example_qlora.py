@@ -146,6 +146,10 @@ def test_what_is_trained_is_lora_and_the_classifier() -> None:
     assert len(four_bit) == 36 and not any(p.requires_grad for m in four_bit for p in m.parameters())
 
 
+def _distance(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
 def test_providers_start_alike_and_train_the_same(encoded: dict[str, Any]) -> None:
     """Four bits aside: all have the same classifier, and as B = 0 an adapter changes nothing yet."""
     pytest.importorskip("peft")
@@ -160,10 +164,9 @@ def test_providers_start_alike_and_train_the_same(encoded: dict[str, Any]) -> No
                 module.p = 0.0
         out[name] = model.train()(batch).detach()
     assert counts[example.PEER] == counts[example.ACCELERATED] == counts[example.OURS] < counts[example.FULL] / 30
-    torch.testing.assert_close(out[example.OURS], out[example.PEER], rtol=0, atol=1e-4)
-    torch.testing.assert_close(out[example.OURS], out[example.ACCELERATED], rtol=0, atol=1e-4)
-    off = (out[example.OURS] - out[example.FULL]).norm() / out[example.FULL].norm()
-    assert 1e-3 < off < 0.3
+    torch.testing.assert_close(out[example.ACCELERATED], out[example.PEER], rtol=0, atol=1e-4)
+    assert _distance(out[example.OURS], out[example.PEER]) < 0.01  # bitsandbytes sums the scales in another order
+    assert 0.01 < _distance(out[example.OURS], out[example.FULL]) < 0.3
 
 
 def test_logits_come_in_the_order_of_the_split(encoded: dict[str, Any]) -> None:
@@ -204,8 +207,10 @@ def test_peft_predicts_the_same_with_the_saved_adapter(trained: Any, encoded: di
     pytest.importorskip("peft")
     _, want, directory = trained
     reloads = example.reload(directory, 16, encoded["test"], want, torch.float32)
+    assert [there.where for there in reloads][:2] == [example.OURS, "PEFT on the same NF4 weights, decoded"]
+    assert reloads[0].largest == 0.0
     assert example.complaints([], reloads) == []
-    for there in reloads[1:]:  # bitsandbytes: scales rounded to bfloat16
+    for there in reloads[2:]:  # bitsandbytes: scales rounded to bfloat16
         assert there.equal >= 0.97 * there.total and there.largest < 0.5
 
 
@@ -218,7 +223,8 @@ def test_a_changed_adapter_is_noticed(trained: Any, encoded: dict[str, Any], tmp
     config["lora_alpha"] *= 2
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     reloads = example.reload(tmp_path, 16, encoded["test"], want, torch.float32)
-    assert any("PEFT on the NF4 weights, decoded" in line for line in example.complaints([], reloads))
+    (line,) = example.complaints([], reloads)  # PEFT does as this library does, but both not as was trained
+    assert line.startswith("the adapter in tlkernels: ")
 
 
 # ---- what it says ---------------------------------------------------------------------------------------------------
@@ -230,7 +236,7 @@ def _result(name: str, accuracy: float) -> Any:
 
 def test_complaints() -> None:
     fine = [_result(example.FULL, 0.80), _result(example.PEER, 0.80), _result(example.OURS, 0.79)]
-    good = [example.Reload("here", 800, 800, 1e-5), example.Reload("bitsandbytes", 790, 800, 0.1)]
+    good = [example.Reload("here", 800, 800, 1e-5), example.Reload(example.BITSANDBYTES_BASE, 790, 800, 0.1)]
     assert example.complaints(fine, good) == []
     assert len(example.complaints([*fine[:2], _result(example.OURS, 0.70)], good)) == 2
     assert len(example.complaints([*fine[:2], _result(example.OURS, float("nan"))], good)) == 2

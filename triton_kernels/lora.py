@@ -858,7 +858,7 @@ def lora_dropout_mask(rng: Tensor, rows: int, cols: int, p: float) -> Tensor:
     check_sizes(op, rows=rows, cols=cols)
     if rows >= 2**32:
         return ops._reference_dropout_mask(rng, rows, cols, p)
-    ops._check_dropout(op, rng, p)
+    ops._check_dropout(op, rng, p, "p")
     out = torch.empty((rows, cols), dtype=torch.uint8, device=rng.device)
     if out.numel():
         height, width = 16, 512
@@ -1060,7 +1060,7 @@ def lora_grouped_grad_x(
     )  # fmt: skip
     if grad_output.dtype == torch.float64 or not fits:  # which the reference words, or cannot do either
         return ops._reference_lora_grouped_grad_x(grad_output, weight, ds, lora_a, adapter_ids, ranks)
-    ops._check_rows(op, "grad_output", grad_output, out_features, "like weight")
+    ops._check_rows(op, "grad_output", grad_output, out_features, f"like weight of shape {tuple(weight.shape)}")
     ops._check_same_dtype(op, "weight", weight, "grad_output", grad_output)
     ops._check_same_dtype(op, "ds", ds, "grad_output", grad_output)
     check_device(op, grad_output.device, weight=weight, ds=ds, lora_a=lora_a, adapter_ids=adapter_ids, ranks=ranks)

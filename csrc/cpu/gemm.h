@@ -1,4 +1,4 @@
-// The tile engine: one product for every family.
+// The tile engine: one product for every family (but for few rows, which stream their weight: dense_few.h, nf4_few.h).
 //
 //   C[i][j] = sum over terms t, sum over k of A_t(i, k) * B_t(j, k)        i < m, j < n
 //

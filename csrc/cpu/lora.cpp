@@ -69,7 +69,7 @@ void fill_rows(Out* out, int64_t rows, int64_t n, const Addend& addend) {
 
 // ---- the base product -------------------------------------------------------------------------------------------
 
-// y = update + x W^T + addend, W broadcast ("features" are the rows of C) or x.
+// y = update + x W^T + addend: W broadcast, so that features are the rows of C, or x.
 template <class T, class In, class W>
 void base_columns(const In* x, const W& w, const In* s, const In* b, int64_t rank, const Addend& addend, int64_t rows,
                   int64_t out_features, int64_t in_features, In* y, Parallel parallel) {
