@@ -1051,19 +1051,9 @@ def lora_grouped_grad_x(
     grad_output: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor, adapter_ids: Tensor, ranks: Tensor | None
 ) -> Tensor:
     """Run the op ``lora_grouped_grad_x``: dx, each row with its adapter's lora_a."""
-    op = "lora_grouped_grad_x"
-    out_features, in_features = ops._check_dense(op, weight)
-    rank, leading = ds.shape[-1] if ds.dim() else 0, grad_output.shape[:-1]
-    fits = (
-        lora_a.dim() == 3 and lora_a.shape[1:] == (rank, in_features) and ds.shape[:-1] == leading
-        and adapter_ids.shape == leading and (ranks is None or ranks.shape == lora_a.shape[:1])
-    )  # fmt: skip
-    if grad_output.dtype == torch.float64 or not fits:  # which the reference words, or cannot do either
+    ops._check_grouped_grad_x(grad_output, weight, ds, lora_a, adapter_ids, ranks)
+    if grad_output.dtype == torch.float64:
         return ops._reference_lora_grouped_grad_x(grad_output, weight, ds, lora_a, adapter_ids, ranks)
-    ops._check_rows(op, "grad_output", grad_output, out_features, f"like weight of shape {tuple(weight.shape)}")
-    ops._check_same_dtype(op, "weight", weight, "grad_output", grad_output)
-    ops._check_same_dtype(op, "ds", ds, "grad_output", grad_output)
-    check_device(op, grad_output.device, weight=weight, ds=ds, lora_a=lora_a, adapter_ids=adapter_ids, ranks=ranks)
     group = _group(adapter_ids, ranks, None, len(lora_a))
     return _backward_x(grad_output, _dense(weight, transposed=True), ds, lora_a, group=group)
 

@@ -620,9 +620,9 @@ def _grouped_backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Any
     )  # fmt: skip
 
 
-def _reference_lora_grouped_grad_x(
+def _check_grouped_grad_x(
     grad_output: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor, adapter_ids: Tensor, ranks: Tensor | None
-) -> Tensor:  # fmt: skip
+) -> None:  # fmt: skip
     op = "lora_grouped_grad_x"
     out_features, in_features = _check_dense(op, weight)
     _check_rows(op, "grad_output", grad_output, out_features, f"like weight of shape {tuple(weight.shape)}")
@@ -638,6 +638,12 @@ def _reference_lora_grouped_grad_x(
     check_device(
         op, grad_output.device, weight=weight, ds=ds, lora_a=lora_a, adapter_ids=adapter_ids, ranks=ranks
     )  # fmt: skip
+
+
+def _reference_lora_grouped_grad_x(
+    grad_output: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor, adapter_ids: Tensor, ranks: Tensor | None
+) -> Tensor:  # fmt: skip
+    _check_grouped_grad_x(grad_output, weight, ds, lora_a, adapter_ids, ranks)
     acc = _acc(grad_output.dtype)
     with no_autocast(grad_output.device):
         update = _up_grouped(_flat(ds), lora_a.transpose(1, 2), adapter_ids, ranks)
