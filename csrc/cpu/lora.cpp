@@ -165,7 +165,7 @@ void TLK_LEVEL::lora_linear(const void* x_, Dtype dtype, const Base& w, const fl
         using T = typename Arithmetic<In>::type;
         const In *x = typed<In>(x_), *a = typed<In>(lora.a), *b = typed<In>(lora.b);
         auto* s = static_cast<In*>(s_);
-        if (lora.rank > 0 && in_features == 0) memset(s, 0, size_t(rows * lora.rank) * sizeof(In));
+        if (lora.rank > 0 && in_features == 0) clear(s, rows * lora.rank);
         if (lora.rank > 0 && in_features > 0) {
             const StoreRows<In> store{s, lora.rank, {}, lora.scaling * inverse_keep(lora)};
             with_mask(lora, [&](auto map) {
@@ -188,10 +188,10 @@ void TLK_LEVEL::lora_grad_ab(const void* g_, const void* x_, const void* s_, Dty
         const In *g = typed<In>(g_), *x = typed<In>(x_), *s = typed<In>(s_), *b = typed<In>(lora.b);
         auto* ds = static_cast<In*>(ds_);
         const int64_t rank = lora.rank;
-        if (out_features == 0) memset(ds, 0, size_t(rows * rank) * sizeof(In));
+        if (out_features == 0) clear(ds, rows * rank);
         if (rows == 0) {
-            memset(grad_a, 0, size_t(rank * in_features) * sizeof(float));
-            memset(grad_b, 0, size_t(out_features * rank) * sizeof(float));
+            clear(grad_a, rank * in_features);
+            clear(grad_b, out_features * rank);
             return;
         }
         if (out_features > 0) {
@@ -263,7 +263,7 @@ void by_rank(int64_t rank, const F& f) {
 template <class In, class F>
 void down(const In* x, int64_t width, const Group& group, int64_t rows, const F& operand, In* s, Parallel parallel) {
     using T = typename Arithmetic<In>::type;
-    memset(s, 0, size_t(rows * group.rank) * sizeof(In));
+    clear(s, rows * group.rank);
     if (width == 0) return;
     by_rank(group.rank, [&]<int Vecs>() {
         product_batch<T, Vecs>(group.adapters, parallel, [&](int64_t l) {
@@ -358,8 +358,8 @@ void TLK_LEVEL::lora_grouped_grad(const void* g_, const void* x_, const void* s_
         const In *g = typed<In>(g_), *x = typed<In>(x_), *s = typed<In>(s_);
         auto* ds = static_cast<In*>(ds_);
         down(g, out_features, group, rows, columns_of_b<In>(group, out_features), ds, parallel);
-        memset(grad_a, 0, size_t(group.adapters * group.rank * in_features) * sizeof(float));
-        memset(grad_b, 0, size_t(group.adapters * out_features * group.rank) * sizeof(float));
+        clear(grad_a, group.adapters * group.rank * in_features);
+        clear(grad_b, group.adapters * out_features * group.rank);
         product_batch<T>(group.adapters, parallel, [&](int64_t l) {
             return Problem{group.ranks[l], in_features,
                            Term{group.count(l), AcrossK<T, In>{ds, group.rank, group.rows(l)},
@@ -382,7 +382,7 @@ void TLK_LEVEL::lora_grouped_grad_x(const void* g, Dtype dtype, const void* w, c
     const Group group(group_);
     by_dtype(dtype, [&]<class In>(In) {
         Scratch<float> update(rows * in_features);
-        memset(update.data, 0, size_t(rows * in_features) * sizeof(float));
+        clear(update.data, rows * in_features);
         up(
             typed<In>(ds), in_features, group, columns_of_a<In>(group, in_features),
             [&](int64_t l) { return StoreRows<float>{update, in_features, {}, 1.f, group.rows(l)}; }, parallel);

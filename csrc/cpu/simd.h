@@ -206,10 +206,16 @@ inline float round_to(float x, T) {
     return to_float(narrow);
 }
 
+// n zeros; of nothing, which may be null, nothing.
+template <class T>
+inline void clear(T* out, int64_t n) {
+    if (n > 0) memset(out, 0, size_t(n) * sizeof(T));
+}
+
 // out[n] = in[n]: copied, widened or narrowed.
 template <class Same>
 inline void convert_row(const Same* in, int64_t n, Same* out) {
-    memcpy(out, in, size_t(n) * sizeof(Same));
+    if (n > 0) memcpy(out, in, size_t(n) * sizeof(Same));
 }
 template <class In, class Out>
 inline void convert_row(const In* in, int64_t n, Out* out) {
