@@ -64,7 +64,7 @@ void plain(const Gemm& g, Parallel parallel) {
     const auto *a = static_cast<const In*>(g.a), *b = static_cast<const In*>(g.b);
     if (g.k == 0) {
         const int64_t rows = g.offsets != nullptr ? g.offsets[g.batch] : g.batch * g.m;
-        memset(g.c, 0, size_t(rows * g.n) * sizeof(In));
+        clear(static_cast<In*>(g.c), rows * g.n);
     } else if (g.a_across == g.b_across) {
         same_layout<T, In>(g, Plain{}, parallel);
     } else if (g.a_across) {
