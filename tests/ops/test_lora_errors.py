@@ -6,57 +6,23 @@ One table serves the compiled kernels, the reference and meta tensors (so a wron
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from formula import same_bits
 from torch import Tensor
+from wrong_calls import ERRORS, Wrong, longer, shorter, to
 
 from tlkernels import ops
 
 OUT, IN, RANK, ADAPTERS, ROWS = 12, 80, 3, 4, 5  # 960 weights: 480 bytes, 15 blocks of 64
-ERRORS = (TypeError, ValueError, IndexError, RuntimeError)
 INTEGERS = (torch.int64, torch.uint8, torch.bool, torch.complex64)
 NAN, INF = float("nan"), float("inf")
 
 
-@dataclass(frozen=True)
-class Wrong:
-    """A right call with some arguments changed, the error, and what its sentence must say besides the op's name."""
-
-    op: str
-    error: type[Exception]
-    says: tuple[str, ...]
-    changes: dict[str, Any]  # by argument: a new value, or a function of the right one
-    nested: bool = False
-    reads_values: bool = False  # cannot be seen in a meta tensor, which has no values
-
-    def __str__(self) -> str:
-        return f"{self.op}: {' '.join(self.says)}"
-
-    def arguments(self, right: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: self.changes[name](value) if callable(self.changes.get(name)) else self.changes.get(name, value)
-            for name, value in right.items()
-        }
-
-
-def to(target: torch.dtype | str) -> Callable[[Tensor], Tensor]:
-    return lambda t: t.to(target)
-
-
 def named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def shorter(t: Tensor) -> Tensor:
-    return t[:-1]
-
-
-def longer(t: Tensor) -> Tensor:
-    return torch.cat([t, t[:1]])
 
 
 def narrower(t: Tensor) -> Tensor:

@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import re
-import subprocess
-import sys
-import tempfile
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import formula
@@ -24,84 +18,17 @@ import torch
 from formula import Exact, exact, product
 from tolerances import TOLERANCES
 from torch import Tensor
+from triton_modes import compiled, on_every_device
 
 import tlkernels
 from tlkernels import ops
 from tlkernels.ops import NF4Weight, _registry
 
-INTERPRETING = _registry.interpreting()
-DEVICES = ["interpreter", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = [name for name, op in _registry.OPS.items() if op.triton and op.triton.startswith("lora:")]
 # (rows, out, in): whole tiles; one off; rows that start inside a byte; one of each
 SHAPES = [(64, 128, 64), (33, 67, 130), (5, 40, 33), (70, 1, 9), (1, 7, 1)]
 SEEDS = (2**40 + 17, -(2**35))  # both halves of both numbers count
-
-
-# ---- two modes of Triton, two processes -----------------------------------------------------------------------------
-
-
-@functools.cache
-def other_process(interpret: bool, tests: tuple[str, ...]) -> dict[str, str]:
-    """Run tests of this file where Triton does (not) interpret: what failed, by name; "" is a pass."""
-    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
-    environment.pop("TLKERNELS_BACKEND", None)
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        nodes = [f"{Path(__file__)}::{test}" for test in tests]
-        run = subprocess.run(
-            [*command, f"--junitxml={report}", *nodes], env=environment, capture_output=True, text=True, timeout=900
-        )
-        if not report.exists():
-            raise RuntimeError(f"{' '.join(command)} wrote no report:\n{run.stdout}\n{run.stderr}")
-        cases = ET.parse(report).iter("testcase")
-        return {c.attrib["name"]: "\n".join(f"{e.attrib.get('message')}\n{e.text}" for e in c) for c in cases}
-
-
-def triton_mode(interpret: Callable[[dict[str, Any]], bool]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test in the mode that its arguments ask for, in another process when this one has the other mode."""
-
-    def decorate(test: Callable[..., None]) -> Callable[..., None]:
-        names = tuple(inspect.signature(test).parameters)
-
-        @functools.wraps(test)
-        def run(request: pytest.FixtureRequest, **arguments: Any) -> None:
-            mode = interpret(arguments)
-            if mode == INTERPRETING:
-                test(**{name: arguments[name] for name in names})
-                return
-            tests = tuple(
-                item.name for item in request.session.items
-                if item.path == request.path and item.function.__dict__["interpret"](_parameters(item)) == mode
-            )  # fmt: skip
-            failure = other_process(mode, tests).get(request.node.name, "it was not run")
-            if failure:
-                pytest.fail(f"with TRITON_INTERPRET={int(mode)}: {failure}", pytrace=False)
-
-        parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("request", *names)]
-        run.__signature__ = inspect.Signature(parameters)
-        run.__dict__["interpret"] = interpret
-        return run
-
-    return decorate
-
-
-def _parameters(item: Any) -> dict[str, Any]:
-    return item.callspec.params if hasattr(item, "callspec") else {}
-
-
-def on_every_device(test: Callable[..., None]) -> Callable[..., None]:
-    """Run a test with the Triton backend, in the interpreter and on a GPU if there is one; it takes `device`."""
-    decorated = triton_mode(lambda arguments: arguments["device"] == "interpreter")(test)
-    return pytest.mark.parametrize("device", DEVICES)(decorated)
-
-
-def compiled(test: Callable[..., None]) -> Callable[..., None]:
-    return triton_mode(lambda arguments: False)(test)
-
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms want on a GPU
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------

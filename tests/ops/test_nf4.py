@@ -5,9 +5,6 @@ Every test runs on every backend that serves CPU tensors; those marked `isa` run
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import levels_of_this_machine, run_capped
 from safetensors.torch import load_file
 from tolerances import TOLERANCES, assert_product, relative_error
 from torch import Tensor
 
-import tlkernels
-from tlkernels.ops import FP4_CODE, NF4Weight, _registry
+from tlkernels.ops import FP4_CODE, NF4Weight
 from tlkernels.ops import nf4 as ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -652,46 +649,7 @@ def test_property_nested_scales_stay_close(backend: str, n: int, block_size: int
 
 # ---- instruction sets -----------------------------------------------------------------------------------------------
 
-LEVELS = ["scalar", "avx2", "avx512", "avx512_bf16"]
-
-
-def levels_of_this_machine() -> list[str]:
-    """As torch sees the machine, not as tlkernels does."""
-    has = torch.cpu.get_capabilities()
-    avx2 = all(has.get(flag, False) for flag in ("avx2", "fma3"))
-    avx512 = avx2 and all(has.get(f"avx512_{part}", False) for part in ("f", "bw", "vl", "dq"))
-    return LEVELS[: 1 + avx2 + avx512 + (avx512 and has.get("avx512_bf16", False))]
-
 
 @pytest.mark.parametrize("level", levels_of_this_machine()[:-1])
 def test_every_lower_instruction_set_level(level: str, tmp_path: Path) -> None:
-    """The tests marked `isa` once more, on the compiled kernels, with the instruction set capped."""
-    if _registry.LIBRARIES["cpu"] != "loaded":
-        pytest.skip(f"compiled CPU library: {_registry.LIBRARIES['cpu']}")
-    capped = {
-        "TLKERNELS_CPU_ISA": level,
-        "TLKERNELS_REQUIRE": "cpu",
-        "PYTHONPATH": str(Path(tlkernels.__file__).parents[1]),
-    }
-    options = [
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        "--import-mode=importlib",
-        "--tb=short",
-        "-m",
-        "isa",
-        "-k",
-        "cpu",
-    ]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-m", "isa", "-k", "cpu", __file__],
-        env={**os.environ, **capped},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    chosen = f"instruction set: {level}: capped by TLKERNELS_CPU_ISA={level}"
-    assert chosen in run.stdout, run.stdout[:3000] + run.stderr
-    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout[-8000:]
+    run_capped(level, tmp_path, [Path(__file__)])

@@ -6,15 +6,8 @@ other mode run once, together, in a process of their own; each reports its own r
 
 from __future__ import annotations
 
-import functools
 import inspect
-import os
-import subprocess
-import sys
-import tempfile
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import formula
@@ -24,13 +17,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_product
 from torch import Tensor
+from triton_modes import compiled, on_every_device
 
 import tlkernels
 from tlkernels.ops import FP4_CODE, NF4Weight, _registry
 from tlkernels.ops import nf4 as ops
 
-INTERPRETING = _registry.interpreting()
-DEVICES = ["interpreter", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCK_SIZES = [32, 64, 256, 4096]
 # whole tiles; one off; rows that are no multiple of a block; rows that start inside a byte; one column
@@ -43,65 +35,6 @@ CODES = {
 }
 
 
-# ---- two modes of Triton, two processes -----------------------------------------------------------------------------
-
-
-@functools.cache
-def other_process(interpret: bool, tests: tuple[str, ...]) -> dict[str, str]:
-    """Run tests of this file where Triton does (not) interpret: what failed, by name; "" is a pass."""
-    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
-    environment.pop("TLKERNELS_BACKEND", None)
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        nodes = [f"{Path(__file__)}::{test}" for test in tests]
-        run = subprocess.run(
-            [*command, f"--junitxml={report}", *nodes], env=environment, capture_output=True, text=True, timeout=900
-        )
-        if not report.exists():
-            raise RuntimeError(f"{' '.join(command)} wrote no report:\n{run.stdout}\n{run.stderr}")
-        cases = ET.parse(report).iter("testcase")
-        return {c.attrib["name"]: "\n".join(f"{e.attrib.get('message')}\n{e.text}" for e in c) for c in cases}
-
-
-def triton_mode(interpret: Callable[[dict[str, Any]], bool]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test in the mode that its arguments ask for, in another process when this one has the other mode."""
-
-    def decorate(test: Callable[..., None]) -> Callable[..., None]:
-        names = tuple(inspect.signature(test).parameters)
-
-        @functools.wraps(test)
-        def run(request: pytest.FixtureRequest, **arguments: Any) -> None:
-            mode = interpret(arguments)
-            if mode == INTERPRETING:
-                test(**{name: arguments[name] for name in names})
-                return
-            tests = tuple(
-                item.name for item in request.session.items
-                if item.path == request.path and item.function.__dict__["interpret"](item.callspec.params) == mode
-            )  # fmt: skip
-            failure = other_process(mode, tests).get(request.node.name, "it was not run")
-            if failure:
-                pytest.fail(f"with TRITON_INTERPRET={int(mode)}: {failure}", pytrace=False)
-
-        parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("request", *names)]
-        run.__signature__ = inspect.Signature(parameters)
-        run.__dict__["interpret"] = interpret
-        return run
-
-    return decorate
-
-
-def on_every_device(test: Callable[..., None]) -> Callable[..., None]:
-    """Run a test with the Triton backend, in the interpreter and on a GPU if there is one; it takes `device`."""
-    decorated = triton_mode(lambda arguments: arguments["device"] == "interpreter")(test)
-    return pytest.mark.parametrize("device", DEVICES)(decorated)
-
-
-def compiled(test: Callable[..., None]) -> Callable[..., None]:
-    return triton_mode(lambda arguments: False)(test)
-
-
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory is NaN (or the largest integer), so an element that a kernel leaves unwritten fails a test."""
@@ -109,9 +42,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
-
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which that setting wants on a GPU
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------

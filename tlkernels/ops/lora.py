@@ -651,13 +651,17 @@ def _reference_lora_grouped_grad_x(
         return (base + update.view(base.shape)).to(grad_output.dtype)
 
 
+def _refusal(op: str, why: str) -> dict[str, Any]:
+    return dict(zip(("setup_context", "backward"), not_differentiable(op, why), strict=True))
+
+
 _TWICE = "its gradient has no gradient of its own here; expected one differentiation"
 _ONCE = {
-    op: not_differentiable(op, _TWICE)
+    op: _refusal(op, _TWICE)
     for op in ("lora_grad_ab", "lora_grad_x", "nf4_lora_grad_x", "lora_grouped_grad", "lora_grouped_grad_x")
 }
 _CONSTANT = {
-    op: not_differentiable(op, "DoRA takes the norm as a constant; detach the factors")
+    op: _refusal(op, "DoRA takes the norm as a constant; detach the factors")
     for op in ("dora_weight_norm", "nf4_dora_weight_norm")
 }
 
@@ -685,8 +689,7 @@ define(
     "lora_grad_ab(Tensor grad_output, Tensor x, Tensor s, Tensor lora_a, Tensor lora_b, Tensor? rng, *, "
     "float scaling, float dropout=0.0) -> (Tensor, Tensor, Tensor)",
     _reference_lora_grad_ab,
-    setup_context=_ONCE["lora_grad_ab"][0],
-    backward=_ONCE["lora_grad_ab"][1],
+    **_ONCE["lora_grad_ab"],
     vmap=batch_of_rows("lora_grad_ab", rows=()),
     triton="lora:lora_grad_ab",
 )
@@ -694,8 +697,7 @@ define(
     "lora_grad_x(Tensor grad_output, Tensor weight, Tensor ds, Tensor lora_a, Tensor? rng, *, float dropout=0.0) "
     "-> Tensor",
     _reference_lora_grad_x,
-    setup_context=_ONCE["lora_grad_x"][0],
-    backward=_ONCE["lora_grad_x"][1],
+    **_ONCE["lora_grad_x"],
     vmap=batch_of_rows("lora_grad_x", rows=(0, 2), unless=4),
     triton="lora:lora_grad_x",
 )
@@ -703,8 +705,7 @@ define(
     f"nf4_lora_grad_x(Tensor grad_output, {_WEIGHT}, Tensor ds, Tensor lora_a, Tensor? rng, int out_features, "
     f"int in_features, *, float dropout=0.0, {_BLOCKS}) -> Tensor",
     _reference_nf4_lora_grad_x,
-    setup_context=_ONCE["nf4_lora_grad_x"][0],
-    backward=_ONCE["nf4_lora_grad_x"][1],
+    **_ONCE["nf4_lora_grad_x"],
     vmap=batch_of_rows("nf4_lora_grad_x", rows=(0, 6), unless=8),
     triton="lora:nf4_lora_grad_x",
 )
@@ -727,8 +728,7 @@ define(
 define(
     f"lora_grouped_grad(Tensor grad_output, Tensor x, Tensor s, {_GROUP}) -> (Tensor, Tensor, Tensor)",
     _reference_lora_grouped_grad,
-    setup_context=_ONCE["lora_grouped_grad"][0],
-    backward=_ONCE["lora_grouped_grad"][1],
+    **_ONCE["lora_grouped_grad"],
     vmap=batch_of_rows("lora_grouped_grad", rows=()),
     triton="lora:lora_grouped_grad",
 )
@@ -736,8 +736,7 @@ define(
     "lora_grouped_grad_x(Tensor grad_output, Tensor weight, Tensor ds, Tensor lora_a, Tensor adapter_ids, "
     "Tensor? ranks) -> Tensor",
     _reference_lora_grouped_grad_x,
-    setup_context=_ONCE["lora_grouped_grad_x"][0],
-    backward=_ONCE["lora_grouped_grad_x"][1],
+    **_ONCE["lora_grouped_grad_x"],
     vmap=batch_of_rows("lora_grouped_grad_x", rows=(0, 2, 4)),
     triton="lora:lora_grouped_grad_x",
 )
@@ -750,8 +749,7 @@ define(
 define(
     "dora_weight_norm(Tensor weight, Tensor lora_a, Tensor lora_b, *, float scaling) -> Tensor",
     _reference_dora_weight_norm,
-    setup_context=_CONSTANT["dora_weight_norm"][0],
-    backward=_CONSTANT["dora_weight_norm"][1],
+    **_CONSTANT["dora_weight_norm"],
     vmap=batch_of_rows("dora_weight_norm", rows=()),
     triton="lora:dora_weight_norm",
 )
@@ -759,8 +757,7 @@ define(
     f"nf4_dora_weight_norm({_WEIGHT}, Tensor lora_a, Tensor lora_b, int out_features, int in_features, *, "
     f"float scaling, {_BLOCKS}) -> Tensor",
     _reference_nf4_dora_weight_norm,
-    setup_context=_CONSTANT["nf4_dora_weight_norm"][0],
-    backward=_CONSTANT["nf4_dora_weight_norm"][1],
+    **_CONSTANT["nf4_dora_weight_norm"],
     vmap=batch_of_rows("nf4_dora_weight_norm", rows=()),
     triton="lora:nf4_dora_weight_norm",
     dtypes=("float32",),
