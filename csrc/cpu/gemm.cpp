@@ -35,7 +35,7 @@ void one(const Gemm& g, const A& a, const B& b, Parallel parallel) {
 template <class T, class In, class Operand>
 void some(const Gemm& g, const Operand& a, const Operand& b, Parallel parallel) {
     auto* c = static_cast<In*>(g.c);
-    if (g.symmetric) return product_lower<T>(g.n, parallel, Term{g.k, a, b, StoreLower<In>{{c, g.n}}});
+    if (g.symmetric) return product_lower<T>(g.n, 0, parallel, Term{g.k, a, b, StoreLower<In>{{c, g.n}}});
     if (g.batch == 1 && g.offsets == nullptr) return one<T, In>(g, a, b, parallel);
     product_batch<T>(g.batch, parallel, [&](int64_t i) {
         const int64_t first = g.offsets != nullptr ? g.offsets[i] : i * g.m;

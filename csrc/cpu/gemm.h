@@ -323,6 +323,8 @@ struct AcrossK {
 // ---- products ------------------------------------------------------------------------------------------------
 
 // Functors get (row, rows, col, cols, c, width): c[rows][width] is C at (row, col), of which `cols` columns are in C.
+// One that has a method `block` gets whole blocks, when they are done: (row, rows, col, cols, c, row_block,
+// col_block), where c holds panels [rows][kTileCols] one after another, and the last two count blocks.
 struct Nothing {
     void operator()(int64_t, int64_t, int64_t, int64_t, float*, int64_t) const {}
 };
@@ -342,9 +344,17 @@ Term(int64_t, A, B) -> Term<A, B>;
 // How C is cut: columns [begin, end) of C into blocks of rows x cols.
 struct Cut {
     int64_t m, begin, end, rows, cols;
-    bool shared;  // these columns of B are packed once, before
+    bool shared;           // these columns of B are packed once, before
+    int64_t diagonal = 0;  // of a symmetric product: the row that the first one is
+    int64_t before = 0;    // blocks of columns left of `begin`
     int64_t row_blocks() const { return ceil_div(m, rows); }
-    int64_t blocks() const { return row_blocks() * ceil_div(end - begin, cols); }
+    int64_t col_blocks() const { return ceil_div(end - begin, cols); }
+    int64_t blocks() const { return row_blocks() * col_blocks(); }
+    // Columns of the block at (i, j): of a symmetric product only those on or below the diagonal.
+    template <bool Half>
+    int64_t columns(int64_t i, int64_t n_rows, int64_t j) const {
+        return min(min(cols, end - j), Half ? diagonal + i + n_rows - j : cols);
+    }
 };
 
 template <class... Ts>
@@ -377,7 +387,7 @@ Cut cut(int64_t m, int64_t begin, int64_t end, bool shared, const Terms&... term
     const int64_t fit = max<int64_t>(1, kPackedBytes / int64_t(sizeof(typename T::word)) / run / tile);
     // a narrow product uses A once: what is packed of it should not even leave L1
     const int64_t row_blocks = ceil_div(m, min<int64_t>(fit, Vecs == 1 ? 1 : (shared ? 132 : 256) / tile) * tile);
-    Cut c{m, begin, end, round_up(ceil_div(m, row_blocks), tile), 0, shared};
+    Cut c{m, begin, end, round_up(ceil_div(m, row_blocks), tile), 0, shared, 0, 0};
     const int64_t most =
         shared ? kBlockBytes / int64_t(sizeof(float)) / c.rows : largest_of(decltype(terms.b)::columns...);
     int64_t col_blocks = ceil_div(n, max(width, most / width * width));
@@ -421,8 +431,7 @@ template <class T, int Vecs, bool Half, class A, class B, class After>
     constexpr int64_t width = Vecs * Vec::size, run = A::run * T::per_word, depth = B::depth * T::per_word;
     static_assert(run % depth == 0);
     const int64_t rows = min(cut.rows, cut.m - i);
-    // of a symmetric product only what lies on or below the diagonal
-    const int64_t cols = min(min(cut.cols, cut.end - j), Half ? i + rows - j : cut.cols);
+    const int64_t cols = cut.columns<Half>(i, rows, j);
     const int64_t panels = ceil_div(cols, width), all = ceil_div(cut.end - cut.begin, width);
     for (int64_t ka = 0; ka < term.k; ka += run) {
         const int64_t run_end = min(ka + run, term.k);
@@ -447,10 +456,9 @@ template <class T, int Vecs, bool Half, class A, class B, class After>
                 float* c = blocks.c + p * rows * width;
                 multiply<T, Vecs>(rows, a + (k - ka) / T::per_word, a_stride, packed + p * words * width, words, c,
                                   accumulate || k > 0);
-                if (k + count == term.k) {
-                    const int64_t col = j + p * width;
-                    term.after(i, rows, col, min(width, cut.end - col), c, width);
-                }
+                const int64_t col = j + p * width;
+                if constexpr (requires { term.after(i, rows, col, width, c, width); })
+                    if (k + count == term.k) term.after(i, rows, col, min(width, cut.end - col), c, width);
             }
         }
     }
@@ -459,23 +467,35 @@ template <class T, int Vecs, bool Half, class A, class B, class After>
 // One block of C through all terms; `shared` holds their panels one after another.
 template <class T, int Vecs, bool Half, class... Terms>
 void block(const Cut& cut, int64_t index, const typename T::word* shared, Blocks<T>& blocks, const Terms&... terms) {
-    const int64_t i = index % cut.row_blocks() * cut.rows, j = cut.begin + index / cut.row_blocks() * cut.cols;
-    if (Half && j >= min(i + cut.rows, cut.m)) return;
+    if (Half) index = index % 2 ? cut.blocks() - 1 - index / 2 : index / 2;  // a share of both the long and the short
+    const int64_t row_block = index % cut.row_blocks(), col_block = index / cut.row_blocks();
+    const int64_t i = row_block * cut.rows, j = cut.begin + col_block * cut.cols;
+    const int64_t rows = min(cut.rows, cut.m - i), cols = cut.columns<Half>(i, rows, j);
+    if (cols <= 0) return;
     bool accumulate = false;
     ((add_term<T, Vecs, Half>(terms, cut, i, j, shared, accumulate, blocks), accumulate = accumulate || terms.k > 0,
       shared += words_of<T>(terms) * round_up(cut.end - cut.begin, Vecs * Vec::size)),
      ...);
+    const auto whole = [&](const auto& after) {
+        if constexpr (requires { after.block(i, rows, j, cols, (float*)nullptr, row_block, col_block); })
+            after.block(i, rows, j, cols, blocks.c, row_block, cut.before + col_block);
+    };
+    (whole(terms.after), ...);
 }
 
 template <class T, int Vecs, bool Half, class... Terms>
-void product_of(int64_t m, int64_t n, Parallel parallel, const Terms&... terms) {
+void product_of(int64_t m, int64_t n, int64_t diagonal, Parallel parallel, const Terms&... terms) {
     constexpr int64_t width = Vecs * Vec::size;
     const int64_t k = (terms.k + ...), run = largest_of(decltype(terms.a)::run...);
     const int64_t depth = largest_of(decltype(terms.b)::depth...), group = shared_columns<T, Vecs>(m, n, terms...);
     Scratch<typename T::word> shared(words_of<T>(terms...) * min(group, round_up(n, width)));
+    int64_t before = 0;
     for (int64_t begin = 0, end; begin < n; begin = end) {
         end = group > 0 ? min(n, begin + group) : n;
-        const Cut c = cut<T, Vecs>(m, begin, end, group > 0, terms...);
+        Cut c = cut<T, Vecs>(m, begin, end, group > 0, terms...);
+        c.diagonal = diagonal;
+        c.before = before;
+        before += c.col_blocks();
         if (c.shared) {
             parallel_for(parallel, ceil_div(end - begin, width), ceil_div(kSmallWork / 8, width * k),
                          [&](int64_t first, int64_t last) {
@@ -495,7 +515,7 @@ void product_of(int64_t m, int64_t n, Parallel parallel, const Terms&... terms) 
 // C[m][n] of the given terms; nothing is written but by their functors. A term of k = 0 is left out; the last is not.
 template <class T, class... Terms>
 void product(int64_t m, int64_t n, Parallel parallel, const Terms&... terms) {
-    if (m > 0 && n > 0) product_of<T, kTileVecs, false>(m, n, parallel, terms...);
+    if (m > 0 && n > 0) product_of<T, kTileVecs, false>(m, n, 0, parallel, terms...);
 }
 
 // The same where n is often no more than one vector.
@@ -503,15 +523,33 @@ template <class T, class... Terms>
 void product_narrow(int64_t m, int64_t n, Parallel parallel, const Terms&... terms) {
     if (m == 0 || n == 0) return;
     if (n <= Vec::size)
-        product_of<T, 1, false>(m, n, parallel, terms...);
+        product_of<T, 1, false>(m, n, 0, parallel, terms...);
     else
-        product_of<T, kTileVecs, false>(m, n, parallel, terms...);
+        product_of<T, kTileVecs, false>(m, n, 0, parallel, terms...);
 }
 
-// The same for a symmetric C: panels that lie wholly above the diagonal are left out.
+// The same for a symmetric C: panels that lie wholly above the diagonal are left out. With `first`, A holds the rows
+// from there on of the n that B holds.
 template <class T, class... Terms>
-void product_lower(int64_t n, Parallel parallel, const Terms&... terms) {
-    if (n > 0) product_of<T, kTileVecs, true>(n, n, parallel, terms...);
+void product_lower(int64_t n, int64_t first, Parallel parallel, const Terms&... terms) {
+    if (n > first) product_of<T, kTileVecs, true>(n - first, n, first, parallel, terms...);
+}
+
+// How many blocks `product` cuts C into: what a functor's `block` is told counts up to these.
+struct Grid {
+    int64_t row_blocks, col_blocks;
+};
+template <class T, class... Terms>
+Grid grid(int64_t m, int64_t n, const Terms&... terms) {
+    Grid g{0, 0};
+    const int64_t group = shared_columns<T, kTileVecs>(m, n, terms...);
+    for (int64_t begin = 0, end; begin < n && m > 0; begin = end) {
+        end = group > 0 ? min(n, begin + group) : n;
+        const Cut c = cut<T, kTileVecs>(m, begin, end, group > 0, terms...);
+        g.row_blocks = c.row_blocks();
+        g.col_blocks += c.col_blocks();
+    }
+    return g;
 }
 
 // Many products in one call, of any sizes: problem(index) returns {m, n, term}.

@@ -73,6 +73,27 @@ struct Lora {
     uint64_t seed, offset;
 };
 
+// The logits scale x y^T + bias of features x[n][d] and y[m][d]. `itself`: y is x, and m is not read. Labels and
+// exclude hold a column for each row, or are null; an entry that is no column means none. With `itself`, only the row
+// itself can be excluded.
+struct Contrastive {
+    const void *x, *y;
+    Dtype dtype;
+    int64_t n, m, d;
+    float scale, bias;
+    const int64_t *labels, *exclude;
+    bool itself;
+};
+
+// Where gradients go. The sums are float32 [n][d] and [m][d], null where that gradient is not wanted, and may be the
+// gradients themselves if those are float32. With `itself` x's is all; where both are the
+// same, y is x, and it holds the sum of the two.
+struct ContrastiveGrad {
+    float *sums_x, *sums_y;
+    void *grad_x, *grad_y;  // of the features' dtype
+    double* grad_scale;
+};
+
 // Many of them in one batch. Row order[i], for i from offsets[l] on and below offsets[l + 1], has adapter l.
 struct LoraGroup {
     const void* a;  // [adapters][rank][in_features]
@@ -151,6 +172,20 @@ struct Kernels {
     // weight[out_features][in_features] += scaling B A, rounded once; a and b float32.
     void (*lora_merge)(void* weight, Dtype dtype, const float* a, const float* b, int64_t rank, float scaling,
                        int64_t out_features, int64_t in_features, Parallel parallel);
+
+    // Log-sum-exps of the rows and columns of logits (lse_col null: rows alone), and with labels also less the logit of
+    // each row's label: nll_row[i] of row i, nll_col[i] of the label's column; 0 where there is no label.
+    void (*sim_lse)(const Contrastive& logits, float* lse_row, float* lse_col, float* nll_row, float* nll_col,
+                    Parallel parallel);
+    // Gradients of sum of grad_row lse_row + sum of grad_col lse_col + sum of grad_pair (logit of the label), for sums
+    // that may go on over other logits; grad_col and grad_pair may be null.
+    void (*sim_lse_backward)(const Contrastive& logits, const float* lse_row, const float* lse_col,
+                             const float* grad_row, const float* grad_col, const float* grad_pair,
+                             const ContrastiveGrad& grad, Parallel parallel);
+    // loss[n]: sums over rows of log(1 + e^z), at labels of log(1 + e^-z). With `grad` also the gradients of
+    // sum of weights loss; weights null: 1.
+    void (*sigmoid_contrastive)(const Contrastive& logits, const float* weights, float* loss, double* grad_bias,
+                                const ContrastiveGrad* grad, Parallel parallel);
 
     // The machine's own ceilings, for the benchmarks: each runs `repeats` times over its data on the calling
     // thread; the caller takes the time. read/copy stream `bytes`; the arithmetic loops return flops done.

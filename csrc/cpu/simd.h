@@ -97,6 +97,20 @@ inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+// Where one of the two is NaN, the second.
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a * 2^n, for whole n from -150 to 150
+inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// x < 0 ? a : b
+inline Vec where_negative(Vec x, Vec a, Vec b) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LT_OQ), b.v, a.v)};
+}
 
 inline __m256i round_bf16(__m512 x) {
     const __m512i u = _mm512_castps_si512(x);
@@ -130,6 +144,28 @@ inline float sum(Vec a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline float largest(Vec a) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), a.v)}; }
+inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec scale_by_power(Vec a, Vec n) {
+    // in two steps, each with an exponent that a float has
+    const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
+    const auto power = [](__m256i e) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+    };
+    return {_mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
+}
+inline Vec where_negative(Vec x, Vec a, Vec b) {
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_LT_OQ))};
 }
 
 inline __m128i round_bf16(__m256 x) {
@@ -176,6 +212,25 @@ inline Vec operator*(Vec a, Vec b) { return vec(a.v * b.v); }
 inline Vec operator+(Vec a, Vec b) { return vec(a.v + b.v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return vec(a.v * b.v + c.v); }
 inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline Vec operator-(Vec a, Vec b) { return vec(a.v - b.v); }
+inline Vec operator/(Vec a, Vec b) { return vec(a.v / b.v); }
+inline Vec min(Vec a, Vec b) { return vec(a.v < b.v ? a.v : b.v); }
+inline Vec max(Vec a, Vec b) { return vec(a.v > b.v ? a.v : b.v); }
+inline float largest(Vec a) { return max(max(a.v[0], a.v[2]), max(a.v[1], a.v[3])); }
+inline Vec where_negative(Vec x, Vec a, Vec b) { return vec(x.v < 0.f ? a.v : b.v); }
+inline Vec abs(Vec a) { return where_negative(a, vec(-a.v), a); }
+// to nearest even, for |a| < 2^22: the sum has no room for a fraction
+inline Vec round(Vec a) { return vec((a.v + 0x1.8p23f) - 0x1.8p23f); }
+inline Vec scale_by_power(Vec a, Vec n) {
+    typedef uint32_t Bits __attribute__((vector_size(16)));
+    const auto power = [](Lanes e) {
+        // the exponent stands in the low bits of e + 2^23 + 127
+        const Bits bits = ((Bits)(e + (0x1p23f + 127.f))) << 23;
+        return (Lanes)bits;
+    };
+    const Lanes half = round(vec(n.v * 0.5f)).v;
+    return vec(a.v * power(half) * power(n.v - half));
+}
 
 #endif
 
@@ -204,6 +259,35 @@ inline float round_to(float x, T) {
     T narrow;
     convert(x, narrow);
     return to_float(narrow);
+}
+
+// ---- functions -----------------------------------------------------------------------------------------------
+
+// e^x to about one unit in the last place; exactly 1 at 0, exactly 0 below -110; NaN stays.
+inline Vec exp(Vec x) {
+    x = min(splat(110.f), max(splat(-110.f), x));
+    const Vec n = round(x * splat(1.44269504f));
+    const Vec r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));  // - n ln 2, in two parts
+    Vec p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(0.5f));
+    return scale_by_power(fma(p * r, r, r + splat(1.f)), n);
+}
+
+// log(1 + u) for 0 <= u <= 1, with the relative precision of u: 2 artanh(u / (2 + u)) as a series
+inline Vec log1p_unit(Vec u) {
+    const Vec s = u / (u + splat(2.f)), t = s * s;
+    Vec p = splat(2.f / 15);
+    p = fma(p, t, splat(2.f / 13));
+    p = fma(p, t, splat(2.f / 11));
+    p = fma(p, t, splat(2.f / 9));
+    p = fma(p, t, splat(2.f / 7));
+    p = fma(p, t, splat(2.f / 5));
+    p = fma(p, t, splat(2.f / 3));
+    return s * fma(p, t, splat(2.f));
 }
 
 // n zeros; of nothing, which may be null, nothing.

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "torch/nf4_check.h"
@@ -37,6 +38,39 @@ inline Tensor allocate(const Sizes& sizes, ScalarType dtype, const Tensor& like)
     }
     return out;
 }
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name,
+                             const Tensor& like) {
+    if (t.scalar_type() != like.scalar_type())
+        fail(op, name, " has dtype ", name_of(t.scalar_type()), "; expected ", name_of(like.scalar_type()), ", like ",
+             like_name);
+}
+
+template <class... Named>
+inline void check_devices(const char* op, const Tensor& like, const Named&... named) {
+    (check_device(op, named.first, named.second, like), ...);
+}
+inline void check_optional_device(const char* op, const char* name, const MaybeTensor& t, const Tensor& like) {
+    if (t) check_device(op, name, *t, like);
+}
+inline std::pair<const char*, Tensor> named(const char* name, const Tensor& t) { return {name, t}; }
+
+inline Tensor cast(const Tensor& t, ScalarType dtype) {
+    return dense(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+// The float64 results of the reference.
+template <size_t Outputs, class... Args>
+std::array<Tensor, Outputs> call_reference_for(const char* op, const Args&... args) {
+    std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+    static_assert(sizeof...(Args) >= Outputs);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+    return [&]<size_t... I>(std::index_sequence<I...>) {
+        return std::array<Tensor, Outputs>{torch::stable::detail::to<Tensor>(stack[I])...};
+    }(std::make_index_sequence<Outputs>());
+}
+
+inline bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
 
 inline const float* code_of(const char* op, const std::optional<Tensor>& code) {
     if (!code) return nf4_code;

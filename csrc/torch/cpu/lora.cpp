@@ -28,12 +28,6 @@ void check_rows(const char* op, const char* name, const Tensor& x, int64_t featu
         fail(op, name, " has ", last_of(x), " features; expected ", features, ", ", why);
 }
 
-void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
-    if (t.scalar_type() != like.scalar_type())
-        fail(op, name, " has dtype ", name_of(t.scalar_type()), "; expected ", name_of(like.scalar_type()), ", like ",
-             like_name);
-}
-
 std::pair<int64_t, int64_t> check_dense(const char* op, const Tensor& weight) {
     check_float(op, "weight", weight.scalar_type());
     if (weight.dim() != 2)
@@ -94,25 +88,12 @@ int64_t check_update(const char* op, const Tensor& grad_output, const Tensor& ds
     return rank;
 }
 
-template <class... Named>
-void check_devices(const char* op, const Tensor& like, const Named&... named) {
-    (check_device(op, named.first, named.second, like), ...);
-}
-void check_optional_device(const char* op, const char* name, const MaybeTensor& t, const Tensor& like) {
-    if (t) check_device(op, name, *t, like);
-}
-std::pair<const char*, Tensor> named(const char* name, const Tensor& t) { return {name, t}; }
-
 std::string like_weight(int64_t out_features, int64_t in_features, bool nf4) {
     return std::string(nf4 ? "like the weight of shape " : "like weight of shape ") +
            shape_of({out_features, in_features});
 }
 
 // ---- arguments as the kernels take them ---------------------------------------------------------------------------
-
-Tensor cast(const Tensor& t, ScalarType dtype) {
-    return dense(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
-}
 
 // An empty tensor has no memory, and null means a 4-bit weight.
 Base dense_base(const Tensor& weight) {
@@ -147,21 +128,6 @@ const float* pointer(const MaybeTensor& t) { return t ? static_cast<const float*
 void float_bias(MaybeTensor& bias) {
     if (bias) bias = cast(*bias, ScalarType::Float);
 }
-
-// The float64 results of the reference.
-template <size_t Outputs, class... Args>
-std::array<Tensor, Outputs> call_reference_for(const char* op, const Args&... args) {
-    std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-    static_assert(sizeof...(Args) >= Outputs);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-    if constexpr (Outputs == 2)
-        return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-    else
-        return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
-                torch::stable::detail::to<Tensor>(stack[2])};
-}
-
-bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
 
 // ---- one adapter --------------------------------------------------------------------------------------------------
 
