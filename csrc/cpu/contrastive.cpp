@@ -2,7 +2,7 @@
 //
 //   forward    tiles of z -> (maximum, sum of e^(z - maximum)) for the rows and the columns of a block of C, both from
 //              one e^z an element; blocks are merged by their maxima
-//   backward   tiles of z again -> G = dL / dz, a part of it at a time (kPartRows x kPartColumns, in L3), which is an
+//   backward   tiles of z again -> G = dL / dz, a part of it at a time (kPart x kPart, in L3), which is an
 //              operand of both gradient products, grad_x += G y and grad_y += G^T x
 //   sigmoid    needs no sums: loss and G from one pass
 //
@@ -23,8 +23,8 @@ namespace tlk {
 namespace {
 
 constexpr int64_t kStripe = 16 * 132;  // rows of the forward pass for which each column keeps sums: 16 blocks
-constexpr int64_t kPartRows = 1024, kPartColumns = 1024;  // of G
-constexpr int64_t kPartPad = 16;                          // rows of G must not share cache sets
+constexpr int64_t kPart = 1056;        // rows and columns of a part of G: 8 blocks of the engine
+constexpr int64_t kPartPad = 16;       // rows of G must not share cache sets
 constexpr float kInfinity = __builtin_inff();
 
 template <class In>
@@ -321,14 +321,18 @@ struct SoftmaxGradient {
                 col_from[v] = load(shifts + v * kLanes);
                 col_by[v] = load(grads + v * kLanes);
             }
+            if (itself && pair != nullptr)
+                for (int64_t l = 0; l < n; ++l) {
+                    const int64_t r = labels.at(at + l) - row - i;
+                    if (r >= 0 && r < rows) totals.add(r, pair[at + l] * panel[r * kTileCols + l]);
+                }
             for (int64_t r = 0; r < rows; ++r) {
                 float* line = panel + r * kTileCols;
                 const int64_t mine = row + i + r;
                 const Vec from = splat(row_shift[mine]), by = splat(row_grad[mine]);
                 const int64_t excluded = exclude.at(mine) - at, label = pair != nullptr ? labels.at(mine) - at : -1;
                 const bool labelled = label >= 0 && label < n;
-                // the pair's part of G + G^T stands here and at its mirror image
-                const float paired = labelled ? pair[mine] * line[label] * (itself ? 2.f : 1.f) : 0.f;
+                const float paired = labelled ? pair[mine] * line[label] : 0.f;
                 Vec dot[kTileVecs];
                 for (int v = 0; v < kTileVecs; ++v) {
                     dot[v] = load(line + v * kLanes);
@@ -465,22 +469,24 @@ void gradients(const Contrastive& a, const F& gradient, const ContrastiveGrad& g
         if (of_x != nullptr) clear(of_x, n * d);
         if (of_y != nullptr) clear(of_y, m * d);
     }
-    const int64_t part_rows = min(kPartRows, n), part_cols = min(kPartColumns, m);
+    const int64_t part_rows = min(kPart, n), part_cols = min(kPart, m);
     const int64_t stride = round_up(part_cols, kPartPad) + kPartPad;
     const bool features = of_x != nullptr || of_y != nullptr;
     Scratch<Element> part(features ? part_rows * stride : 0);
-    for (int64_t row = 0; row < n; row += kPartRows)
-        for (int64_t col = 0; col < m; col += kPartColumns) {
-            const int64_t rows = min(kPartRows, n - row), cols = min(kPartColumns, m - col);
+    for (int64_t row = 0; row < n; row += kPart)
+        for (int64_t col = 0; col < (a.itself ? row + 1 : m); col += kPart) {
+            const int64_t rows = min(kPart, n - row), cols = min(kPart, m - col);
             gradient(row, rows, col, cols, features ? part.data : nullptr, stride);
             if (of_x != nullptr)
                 product<T>(rows, d, parallel,
                            Term{cols, AlongK<T, Element>{part, stride}, AcrossK<T, In>{y + col * d, d},
                                 Accumulate{of_x + row * d, d, !one && col == 0}});
-            if (of_y != nullptr)
+            // what stands below the diagonal of a symmetric G stands above it too
+            float* mirrored = !a.itself ? of_y : col < row ? of_x : nullptr;
+            if (mirrored != nullptr)
                 product<T>(cols, d, parallel,
                            Term{rows, AcrossK<T, Element>{part, stride}, AcrossK<T, In>{x + row * d, d},
-                                Accumulate{of_y + col * d, d, !one && row == 0}});
+                                Accumulate{mirrored + col * d, d, !one && row == 0}});
         }
     if (of_x != nullptr && grad.grad_x != nullptr) finish(of_x, n, d, a.scale, static_cast<In*>(grad.grad_x), parallel);
     if (of_y != nullptr && !one && grad.grad_y != nullptr)
@@ -526,7 +532,7 @@ void TLK_LEVEL::sim_lse_backward(const Contrastive& a, const float* lse_row, con
         if (grad_col != nullptr) shifts(lse_col, m, col_shift);
         const Index labels{a.labels, m}, exclude{a.exclude, m};
         double total = 0;
-        Scratch<double> of_rows(kPartRows);
+        Scratch<double> of_rows(kPart);
         gradients<In>(
             a,
             [&](int64_t row, int64_t rows, int64_t col, int64_t cols, auto* out, int64_t stride) {
@@ -552,7 +558,8 @@ void TLK_LEVEL::sim_lse_backward(const Contrastive& a, const float* lse_row, con
                                                                 stride};
                 };
                 logits<1, In>(a, row, rows, col, cols, of_rows, functor, parallel);
-                for (int64_t i = 0; i < rows; ++i) total += of_rows[i];
+                const double times = a.itself && col < row ? 2 : 1;
+                for (int64_t i = 0; i < rows; ++i) total += times * of_rows[i];
             },
             grad, parallel);
         *grad.grad_scale = a.itself ? 0.5 * total : total;
@@ -563,7 +570,7 @@ void TLK_LEVEL::sigmoid_contrastive(const Contrastive& a, const float* weights, 
                                     const ContrastiveGrad* grad, Parallel parallel) {
     by_dtype(a.dtype, [&]<class In>(In) {
         using Element = typename Arithmetic<In>::type::element;
-        const int64_t stripe = grad != nullptr ? kPartRows : kStripe;
+        const int64_t stripe = grad != nullptr ? kPart : kStripe;
         Scratch<double> losses(a.n), of_rows(3 * stripe);
         clear(losses.data, a.n);
         double of_scale = 0, of_bias = 0;

@@ -191,6 +191,8 @@ def _reference_sim_lse_backward(
         g = grad_row[:, None] * _softmax(z, lse_row[:, None])
         if lse_col is not None and grad_col is not None:
             g = g + grad_col * _softmax(z, lse_col)
+        if exclude is not None:  # of weight 0, also beside a NaN
+            g = g.masked_fill(_at(exclude, columns), 0.0)
         if labels is not None and grad_pair is not None:
             g = g + torch.where(_at(labels, columns), grad_pair[:, None], torch.zeros_like(g))
         grad_scale = (g * dots).sum()
@@ -413,6 +415,7 @@ class SimLSE(NamedTuple):
 
 def _as_scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
+        _check_scalars(op, **{name: value})
         return value
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is {type(value).__name__}; expected a number or a tensor of one element")
@@ -518,7 +521,8 @@ def _labels_of(
         return torch.arange(label_offset, label_offset + rows, device=device)
     if label_offset != 0:
         raise ValueError(f"{op}: label_offset is {label_offset} and labels are given; expected one of them")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.dim() != 1:
+    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not integer or tuple(labels.shape) != (rows,):
         raise ValueError(
             f"{op}: labels has dtype {name_of(labels.dtype)} and shape {tuple(labels.shape)}; expected int64 ({rows},)"
         )
@@ -531,18 +535,17 @@ def _labels_of(
 
 
 def _with_negatives(
-    op: str, name: str, nll: Tensor, lse: Tensor, anchors: Tensor, negatives: Tensor, scale: Tensor,
+    op: str, name: str, nll: Tensor, lse: Tensor, target: Tensor, anchors: Tensor, negatives: Tensor, scale: Tensor,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(nll, lse) when the anchors' sums go on over `negatives`, and the target logit."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(nll, lse) when the anchors' sums go on over `negatives`."""
     if negatives.dim() != 2 or negatives.shape[1] != anchors.shape[1] or negatives.dtype != anchors.dtype:
         raise ValueError(
             f"{op}: {name} has dtype {name_of(negatives.dtype)} and shape {tuple(negatives.shape)}; "
             f"expected {name_of(anchors.dtype)} (K, {anchors.shape[1]})"
         )
-    target = lse - nll
     more = sim_lse(anchors, negatives, scale, bias, cols=False).row
-    return torch.logaddexp(nll, more - target), torch.logaddexp(lse, more), target
+    return torch.logaddexp(nll, more - target), torch.logaddexp(lse, more)
 
 
 def info_nce(
@@ -623,13 +626,16 @@ def info_nce(
     chosen = target_of >= 0
     column = target_of.clamp(min=0)
     zero = nll_row.new_zeros(())
+    # the targets' logits; where a sum without the positive is empty they cannot be had from their difference
+    alone = decoupled and rows > 0 and columns > 0 and (x_negatives is not None or y_negatives is not None)
+    target = _targets(x, y, column, scale, bias) if alone else lse_row - nll_row
     if y_negatives is not None:
-        nll_row, lse_row, _ = _with_negatives(op, "y_negatives", nll_row, lse_row, x, y_negatives, scale, bias)
+        nll_row, lse_row = _with_negatives(op, "y_negatives", nll_row, lse_row, target, x, y_negatives, scale, bias)
         nll_row = torch.where(chosen, nll_row, zero)
     if x_negatives is not None:
         more = sim_lse(y, _negatives_like(op, x_negatives, x), scale, bias, cols=False).row
         if rows and columns:
-            nll_col = torch.where(chosen, torch.logaddexp(nll_col, more[column] - (lse_col[column] - nll_col)), zero)
+            nll_col = torch.where(chosen, torch.logaddexp(nll_col, more[column] - target), zero)
         lse_col = torch.logaddexp(lse_col, more)
     loss = nll_row
     if label_smoothing > 0.0 and rows and columns:
@@ -654,16 +660,24 @@ def _negatives_like(op: str, negatives: Tensor, x: Tensor) -> Tensor:
     return negatives
 
 
+def _targets(x: Tensor, y: Tensor, column: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    acc = _acc(x.dtype)
+    with no_autocast(x.device):
+        target = _scalar(scale, x.to(acc)) * (x.to(acc) * y[column].to(acc)).sum(1)
+        return target if bias is None else target + _scalar(bias, target)
+
+
 def _smoothing(
     anchors: Tensor, candidates: Tensor, negatives: Tensor | None, scale: Tensor, bias: Tensor | None
 ) -> Tensor:  # fmt: skip
     """The mean logit of each anchor: with the mean candidate, without a matrix."""
     acc = _acc(anchors.dtype)
-    total, count = candidates.sum(0, dtype=acc), candidates.shape[0]
-    if negatives is not None:
-        total, count = total + negatives.sum(0, dtype=acc), count + negatives.shape[0]
-    mean = _scalar(scale, total) * (anchors.to(acc) @ (total / count))
-    return mean if bias is None else mean + _scalar(bias, mean)
+    with no_autocast(anchors.device):
+        total, count = candidates.sum(0, dtype=acc), candidates.shape[0]
+        if negatives is not None:
+            total, count = total + negatives.sum(0, dtype=acc), count + negatives.shape[0]
+        mean = _scalar(scale, total) * (anchors.to(acc) @ (total / count))
+        return mean if bias is None else mean + _scalar(bias, mean)
 
 
 def nt_xent(
@@ -724,7 +738,8 @@ def nt_xent(
 def _inverse(op: str, temperature: float | Tensor, like: Tensor) -> Tensor:
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"{op}: temperature is {temperature}; expected > 0")
-    return 1.0 / _as_scalar(op, "temperature", temperature, like)
+    # inverted in the precision of the logits, not in that of the parameter
+    return 1.0 / _as_scalar(op, "temperature", temperature, like).to(_acc(like.dtype))
 
 
 def sup_con(
@@ -808,16 +823,19 @@ def sup_con(
     reference, classes = (z, labels) if z_ref is None or ref_labels is None else (z_ref, ref_labels)
     with no_autocast(z.device):
         wide, acc = z.to(_acc(z.dtype)), _acc(z.dtype)
-        # labels to 0 .. C - 1, in the order of first sight in both
-        _, index = torch.unique(torch.cat([labels, classes]), return_inverse=True)
-        mine, theirs = index[:rows], index[rows:]
-        number = rows + classes.shape[0]
-        sums = wide.new_zeros(number, z.shape[1]).index_add(0, theirs, reference.to(acc))
+        # labels to 0 .. C - 1, the same in both
+        values, index = torch.unique(torch.cat([labels, classes]), return_inverse=True)
+        mine, theirs, number = index[:rows], index[rows:], values.shape[0]
+        sums = wide.new_zeros(number, z.shape[1]).scatter_add(
+            0, theirs[:, None].expand(-1, z.shape[1]), reference.to(acc)
+        )
         count = torch.zeros(number, dtype=torch.int64, device=z.device).index_add(0, theirs, torch.ones_like(theirs))
-        positives, near = count[mine], sums[mine]
+        positives = count[mine]
+        mean = torch.linalg.vecdot(wide, torch.nn.functional.embedding(mine, sums))
         if with_self:
-            positives, near = positives - 1, near - wide
-        mean = _scalar(scale, wide) * (wide * near).sum(1) / positives.clamp(min=1)
+            itself = reference[ref_offset or 0 :][:rows]  # not z's own row: z_ref may be a constant
+            positives, mean = positives - 1, mean - torch.linalg.vecdot(wide, itself.to(acc))
+        mean = _scalar(scale, wide) * mean / positives.clamp(min=1)
         has = positives > 0
         loss = torch.where(has, lse - mean, torch.zeros_like(lse))
     if no_positive == "error" and type(has) is Tensor and not bool(has.all()):
