@@ -27,23 +27,6 @@ constexpr int64_t kPart = 1056;        // rows and columns of a part of G: 8 blo
 constexpr int64_t kPartPad = 16;       // rows of G must not share cache sets
 constexpr float kInfinity = __builtin_inff();
 
-template <class In>
-const In* typed(const void* p) {
-    return static_cast<const In*>(p);
-}
-
-template <class F>
-void by_dtype(Dtype dtype, const F& f) {
-    switch (dtype) {
-        case Dtype::float32:
-            return f(float{});
-        case Dtype::bfloat16:
-            return f(bf16{});
-        case Dtype::float16:
-            return f(f16{});
-    }
-}
-
 // The value that exponents are taken relative to: the maximum, where it is one.
 float reference(float maximum) { return __builtin_isfinite(maximum) ? maximum : 0.f; }
 
@@ -63,7 +46,7 @@ struct Sum {
     float less(float logit) const { return (reference(max) - logit) + logf(sum); }
 };
 
-// A column of row i, or of nothing; for sums over i of one block.
+// A column for each row, or -1.
 struct Index {
     const int64_t* data;
     int64_t limit;
@@ -97,23 +80,17 @@ struct Sums {
         const int64_t padded = panels * kTileCols;
         Scratch<float> of_col(padded);
 
-        const Vec factor_ = splat(scale), shift = splat(bias);
+        const Vec times = splat(scale), shift = splat(bias);
         for (int64_t p = 0; p < panels; ++p) {
             float* panel = c + p * rows * kTileCols;
             const int64_t col = j + p * kTileCols, n = min<int64_t>(kTileCols, cols - p * kTileCols);
             Vec low[kTileVecs];
             for (int v = 0; v < kTileVecs; ++v) low[v] = splat(-kInfinity);
             const bool crossing = itself && col + n > first + i;
-            if (target != nullptr && itself)  // labels of the columns, above the diagonal
-                for (int64_t l = 0; l < n; ++l) {
-                    const int64_t row = labels.at(col + l) - first - i;
-                    if (row >= 0 && row < rows && col + l < first + i + row)
-                        target[col + l] = panel[row * kTileCols + l] * scale + bias;
-                }
             for (int64_t r = 0; r < rows; ++r) {
                 float* line = panel + r * kTileCols;
                 for (int v = 0; v < kTileVecs; ++v)
-                    store(line + v * kLanes, fma(load(line + v * kLanes), factor_, shift));
+                    store(line + v * kLanes, fma(load(line + v * kLanes), times, shift));
                 const int64_t row = first + i + r;
                 if (target != nullptr) {
                     const int64_t l = labels.at(row) - col;
@@ -137,6 +114,11 @@ struct Sums {
                 store(top + r * kLanes, both);
             }
             for (int v = 0; v < kTileVecs; ++v) store(of_col + p * kTileCols + v * kLanes, low[v]);
+            if (target != nullptr && itself)  // labels above the diagonal: their mirror images
+                for (int64_t l = 0; l < n; ++l) {
+                    const int64_t r = labels.at(col + l) - first - i;
+                    if (r >= 0 && r < rows && col + l < first + i + r) target[col + l] = panel[r * kTileCols + l];
+                }
         }
 
         float highest = -kInfinity;
@@ -234,8 +216,10 @@ void sums(const Contrastive& a, float* lse_row, float* lse_col, float* nll_row, 
                          a.itself,
                          diagonal};
         if (a.itself) {  // blocks above the diagonal are not computed: they hold nothing
-            for (int64_t k = 0; k < g.col_blocks * rows; ++k) after.row_max[k] = -kInfinity, after.row_sum[k] = 0.f;
-            for (int64_t k = 0; k < g.row_blocks * columns; ++k) after.col_max[k] = -kInfinity, after.col_sum[k] = 0.f;
+            clear(after.row_sum, g.col_blocks * rows);
+            clear(after.col_sum, g.row_blocks * columns);
+            for (int64_t k = 0; k < g.col_blocks * rows; ++k) after.row_max[k] = -kInfinity;
+            for (int64_t k = 0; k < g.row_blocks * columns; ++k) after.col_max[k] = -kInfinity;
             product_lower<T>(columns, first, parallel, Term{d, left, right, after});
         } else {
             product<T>(rows, columns, parallel, Term{d, left, right, after});

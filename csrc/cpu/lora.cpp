@@ -32,23 +32,6 @@ namespace {
 // less.
 constexpr int64_t kRowsDepth = 64;
 
-template <class In>
-const In* typed(const void* p) {
-    return static_cast<const In*>(p);
-}
-
-template <class F>
-void by_dtype(Dtype dtype, const F& f) {
-    switch (dtype) {
-        case Dtype::float32:
-            return f(float{});
-        case Dtype::bfloat16:
-            return f(bf16{});
-        case Dtype::float16:
-            return f(f16{});
-    }
-}
-
 float inverse_keep(const Lora& lora) { return lora.dropout > 0.f ? float(1.0 / (1.0 - double(lora.dropout))) : 1.f; }
 Dropout dropout_of(const Lora& lora) { return {lora.seed, lora.offset, lora.dropout}; }
 

@@ -361,6 +361,26 @@ inline void transpose(const void* in_, int64_t rows, int64_t cols, int64_t in_st
             out[j * out_stride + i] = in[i * in_stride + j];
 }
 
+// ---- dtypes of pointers --------------------------------------------------------------------------------------
+
+template <class In>
+const In* typed(const void* p) {
+    return static_cast<const In*>(p);
+}
+
+// f(an element of that dtype)
+template <class F>
+void by_dtype(Dtype dtype, const F& f) {
+    switch (dtype) {
+        case Dtype::float32:
+            return f(float{});
+        case Dtype::bfloat16:
+            return f(bf16{});
+        case Dtype::float16:
+            return f(f16{});
+    }
+}
+
 // ---- memory and work -----------------------------------------------------------------------------------------
 
 // Aligned scratch that lives as long as the block it is declared in. Running out of it ends the process, as it
