@@ -172,3 +172,43 @@ def lora_calls(nf4_calls: Callable[..., dict[str, dict[str, Any]]]) -> Callable[
         }
 
     return calls
+
+
+@pytest.fixture(scope="session")
+def contrastive_calls() -> Callable[..., dict[str, dict[str, Any]]]:
+    """`contrastive_calls(rows, columns, features, ...)`: a right call of every contrastive op, by the op's name."""
+
+    def calls(
+        rows: int, columns: int, features: int, *, dtype: torch.dtype = torch.float32, scale: float = 5.0,
+        symmetric: bool = False,
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
+        columns = rows if symmetric else columns
+        generator = torch.Generator().manual_seed(2)
+        acc = torch.promote_types(dtype, torch.float32)
+
+        def randn(*shape: int, dtype: torch.dtype = acc) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        def draw() -> torch.Tensor:
+            return torch.randint(-1, columns, (rows,), generator=generator)
+
+        x, y = (torch.nn.functional.normalize(randn(n, features), dim=1).to(dtype) for n in (rows, columns))
+        other = None if symmetric else y
+        scalars = {"logit_scale": torch.tensor(scale), "logit_bias": torch.tensor(-0.5)}
+        z = scale * x.double() @ (x if symmetric else y).double().T - 0.5
+        column = (None, None) if symmetric else (z.logsumexp(0).to(acc), randn(columns))
+        softmax = {"x": x, "y": other, **scalars, "labels": draw(), "exclude": draw()}
+        sigmoid = {"x": x, "y": y, **scalars, "labels": softmax["labels"]}
+        needs = {"need_x": True, "need_y": True}
+        return {
+            "sim_lse": {**softmax, "cols": True},
+            "sim_lse_backward": {
+                **softmax, "lse_row": z.logsumexp(1).to(acc), "lse_col": column[0], "grad_row": randn(rows),
+                "grad_col": column[1], "grad_pair": randn(rows), **needs,
+            },
+            "sigmoid_contrastive": sigmoid,
+            "sigmoid_contrastive_backward": {**sigmoid, "grad_loss": randn(rows), **needs},
+            "sigmoid_contrastive_sum": {**sigmoid, **needs},
+        }  # fmt: skip
+
+    return calls

@@ -1,8 +1,8 @@
 """The families as formulas: what the kernels and the references are both held against.
 
 Nothing here comes from tlkernels. The NF4 format is in NumPy, with tensors in and out; its arithmetic is float32, as
-the format is defined. LoRA is in float64, with a bound on what rounding may do to each element; its random numbers are
-in NumPy.
+the format is defined. LoRA and the contrastive family are in float64, with a bound on what rounding may do to each
+element; LoRA's random numbers are in NumPy.
 """
 
 from __future__ import annotations
@@ -139,6 +139,10 @@ class Exact:
         size = abs(factor)
         return Exact(self.value * factor, self.magnitude * size, self.terms, self.inherited * size)
 
+    @property
+    def mT(self) -> Exact:
+        return Exact(*(t.mT if isinstance(t, Tensor) else t for t in vars(self).values()))
+
     def kept(self, mask: Tensor | None, p: float) -> Exact:
         """Dropped elements are 0, whatever they were; the others are divided by 1 - p."""
         return Exact(*(dropped(t, mask, p) if isinstance(t, Tensor) else t for t in vars(self).values()))
@@ -209,7 +213,7 @@ def lora_gradients(
     down = (product(kept, a.to(dtype).T) * scaling).rounded(dtype) if s is None else exact(s)
     up = product(dy, b.to(dtype)) * scaling
     given = up.rounded(dtype) if ds is None else exact(ds)
-    grad_a = product(Exact(*(t.T if isinstance(t, Tensor) else t for t in vars(given).values())), kept)
+    grad_a = product(given.mT, kept)
     grad_x = product(dy, w.to(dtype)) + product(given, a.to(dtype)).kept(mask, p)
     return up, grad_a, product(dy.T, down), grad_x
 
@@ -220,6 +224,195 @@ def lora_weight_norm(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[T
     first, second = w.abs() @ a.abs().T, b.abs() @ (a.abs() @ a.abs().T)
     magnitude = (w * w).sum(1) + 2 * abs(scaling) * (first * b.abs()).sum(1) + scaling**2 * (second * b.abs()).sum(1)
     return (w + scaling * (b @ a)).norm(dim=1), magnitude
+
+
+# ---- contrastive losses ---------------------------------------------------------------------------------------------
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What similarities, exponentials and sums are in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def unit(dtype: torch.dtype) -> float:
+    return TOLERANCES[wide(dtype)].unit
+
+
+def logits(
+    x: Tensor, y: Tensor | None, scale: Tensor, bias: Tensor | None, exclude: Tensor | None = None
+) -> tuple[Exact, Exact, Tensor]:  # fmt: skip
+    """(x y^T, z = scale x y^T + bias with -inf where it is excluded, the error of each z)."""
+    dtype = x.dtype
+    dots = product(x, (x if y is None else y).T)
+    z = dots * scale.reshape(()).to(wide(dtype)).double()
+    if bias is not None:
+        z = z + exact(bias.reshape(()).to(wide(dtype)))
+    error = z.bound(wide(dtype), dtype)
+    if dtype == torch.float64:
+        error = 2 * error  # this here is float64 itself
+    if exclude is not None:
+        z = Exact(z.value.masked_fill(at(exclude, z.value.shape[1]), -torch.inf), z.magnitude, z.terms, z.inherited)
+    return dots, z, error
+
+
+def at(index: Tensor, columns: int) -> Tensor:
+    """[N, M], true at (i, index[i])."""
+    return index[:, None] == torch.arange(columns)
+
+
+def log_sum_exp(z: Tensor, error: Tensor, dtype: torch.dtype, dim: int) -> Exact:
+    """Its error is the mean of those of the logits by their weight, that of a sum of positive terms, and few roundings.
+
+    Each exponential is of a difference of two numbers that are rounded.
+    """
+    value, count = torch.logsumexp(z, dim), z.shape[dim]
+    if not count:
+        return Exact(value, torch.zeros_like(value), 0, torch.zeros_like(value))
+    top = z.amax(dim, keepdim=True)
+    top = top.where(top.isfinite(), 0)
+    share = (z - value.unsqueeze(dim)).exp().where(z > -torch.inf, 0)
+    spread = share * torch.expm1(error + 4 * unit(dtype) * (z.abs().where(z > -torch.inf, 0) + top.abs()))
+    low = value.isinf()  # of nothing, and of an infinite logit: exact
+    bound = torch.log1p(spread.sum(dim)) + unit(dtype) * (
+        16 + 4 * count**0.5 + 4 * (value.abs() + top.squeeze(dim).abs())
+    )
+    return Exact(value, torch.zeros_like(value), 0, bound.where(~low, 0))
+
+
+def negative_log_likelihood(
+    z: Tensor, excluded: Tensor | None, error: Tensor, target: Tensor, dtype: torch.dtype
+) -> Exact:
+    """Of the entry `target` of each row.
+
+    Its logit is the same number in the sum as in the difference: where it has nearly all of the weight, nothing is left
+    of its error.
+    """
+    columns = z.shape[1]
+    mine = at(target, columns)
+    out = z if excluded is None else z.masked_fill(excluded, -torch.inf)
+    own, own_error = (torch.where(mine, t, 0).sum(1) for t in (z, error))
+    value = torch.logsumexp(out - own[:, None], 1)
+    value = value.where(own.isfinite(), torch.logsumexp(out, 1) - own)
+    share = (out - torch.logsumexp(out, 1)[:, None]).exp().where(out > -torch.inf, 0)
+    arguments = 4 * unit(dtype) * (out - own[:, None]).abs().where(out > -torch.inf, 0)
+    away = torch.where(mine, 0, share * torch.expm1(error + own_error[:, None] + arguments)).sum(1)
+    bound = torch.log1p(away) + unit(dtype) * (16 + 4 * columns**0.5 + 4 * value.abs())
+    bound = bound + torch.where((mine & (out == -torch.inf)).any(1), own_error, 0)
+    return Exact(value, torch.zeros_like(value), 0, bound.where(value.isfinite(), 0))
+
+
+def sim_lse(
+    x: Tensor, y: Tensor | None, scale: Tensor, bias: Tensor | None = None, labels: Tensor | None = None,
+    exclude: Tensor | None = None, cols: bool = True,
+) -> tuple[Exact, Exact, Exact, Exact]:  # fmt: skip
+    """Log-sum-exps of rows and columns, and what they exceed the labels' logits by; empty what was not asked for."""
+    _, z, error = logits(x, y, scale, bias, exclude)
+    _, whole, _ = logits(x, y, scale, bias)
+    rows, columns = whole.value.shape
+    nothing = Exact(x.new_empty(0).double(), x.new_empty(0).double(), 0, x.new_empty(0).double())
+    cols = cols and y is not None
+    row = log_sum_exp(z.value, error, x.dtype, 1)
+    col = log_sum_exp(z.value, error, x.dtype, 0) if cols else nothing
+    if labels is None:
+        return row, col, nothing, nothing
+    excluded = None if exclude is None else at(exclude, columns)
+    has = labels >= 0
+
+    def kept(e: Exact) -> Exact:
+        return Exact(*(t.where(has, 0) if isinstance(t, Tensor) else t for t in vars(e).values()))
+
+    nll_row = kept(negative_log_likelihood(whole.value, excluded, error, labels, x.dtype))
+    if not cols:
+        return row, col, nll_row, nothing
+    if not columns:
+        return row, col, nll_row, nll_row
+    column = labels.clamp(min=0)
+    turned = [None if t is None else t.T[column] for t in (whole.value, excluded, error)]
+    return row, col, nll_row, kept(negative_log_likelihood(*turned, torch.arange(rows), x.dtype))
+
+
+def sim_lse_gradients(
+    x: Tensor, y: Tensor | None, scale: Tensor, bias: Tensor | None, labels: Tensor | None, exclude: Tensor | None,
+    lse_row: Tensor, lse_col: Tensor | None, grad_row: Tensor, grad_col: Tensor | None, grad_pair: Tensor | None,
+    stored: torch.dtype = torch.float64,
+) -> tuple[Exact, Exact, Exact]:  # fmt: skip
+    """(dx, dy, dscale) from given log-sum-exps: dz is a sum of two softmax rows and columns, and the pairs.
+
+    `stored` is what dz is rounded to before the products.
+    """
+    dots, z, error = logits(x, y, scale, bias, exclude)
+    other = x if y is None else y
+    g, size, off = torch.zeros_like(z.value), torch.zeros_like(z.value), torch.zeros_like(z.value)
+    for lse, grad, dim in ((lse_row, grad_row, 1), (lse_col, grad_col, 0)):
+        if lse is not None and grad is not None:
+            lse, grad = lse.double().unsqueeze(dim), grad.double().unsqueeze(dim)
+            share = (z.value - lse).exp().where(lse != -torch.inf, 0)
+            away = error + 4 * unit(x.dtype) * (z.value.abs() + lse.abs())
+            g, size = g + grad * share, size + grad.abs() * share
+            off = off + grad.abs() * torch.where(share > 0, share * (torch.expm1(away) + 16 * unit(x.dtype)), 0)
+    if exclude is not None:  # of weight 0, also beside a NaN
+        g, size, off = (t.masked_fill(at(exclude, t.shape[1]), 0.0) for t in (g, size, off))
+    if labels is not None and grad_pair is not None:
+        pair = torch.where(at(labels, z.value.shape[1]), grad_pair.double()[:, None], 0)
+        g, size = g + pair, size + pair.abs()
+    dz = Exact(g, size, 0, off + 4 * unit(x.dtype) * size)
+    return gradients_of_dots(dz, dots, x, other, y is None, scale, stored)
+
+
+def gradients_of_dots(
+    dz: Exact, dots: Exact, x: Tensor, y: Tensor, symmetric: bool, scale: Tensor, stored: torch.dtype
+) -> tuple[Exact, Exact, Exact]:
+    """(dx, dy, dscale) of sum dz (scale x y^T); `symmetric` where y is x, which then has both parts."""
+    if stored != torch.float64:
+        rounding = TOLERANCES[stored].unit * (dz.magnitude + torch.finfo(stored).smallest_normal)
+        dz = Exact(dz.value, dz.magnitude, 0, dz.inherited + rounding)
+    s = scale.reshape(()).to(wide(x.dtype)).double()
+    dx, dy = weighted(dz, y) * s, weighted(dz.mT, x) * s
+    if symmetric:
+        dx, dy = dx + dy, dx
+    error = dots.bound(wide(x.dtype), x.dtype)
+    inherited = (dz.inherited * (dots.value.abs() + error) + dz.magnitude * error).sum()
+    size = (dz.magnitude * dots.value.abs()).sum()
+    return dx, dy, Exact((dz.value * dots.value).sum(), size, dz.value.numel(), inherited)
+
+
+def weighted(weights: Exact, t: Tensor) -> Exact:
+    """weights @ t, where each weight is itself a sum that may cancel."""
+    t = t.double()
+    return Exact(
+        weights.value @ t, weights.magnitude @ t.abs(), weights.value.shape[1], weights.inherited @ t.abs()
+    )  # fmt: skip
+
+
+def sigmoid_contrastive(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, labels: Tensor | None
+) -> Exact:  # fmt: skip
+    """The sum over each row of log(1 + e^-z) at its label and of log(1 + e^z) elsewhere; each to its own precision."""
+    _, z, error = logits(x, y, scale, bias)
+    w = z.value if labels is None else torch.where(at(labels, z.value.shape[1]), -z.value, z.value)
+    away = error + 4 * unit(x.dtype) * z.value.abs()
+    terms = torch.logaddexp(w, torch.zeros_like(w))
+    off = (torch.sigmoid(w + away) * away + 16 * unit(x.dtype) * terms).sum(1)
+    tiny = w.shape[1] * torch.finfo(wide(x.dtype)).smallest_normal
+    return Exact(terms.sum(1), terms.sum(1), w.shape[1], off + tiny)
+
+
+def sigmoid_gradients(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, labels: Tensor | None, grad: Tensor,
+    stored: torch.dtype = torch.float64,
+) -> tuple[Exact, Exact, Exact, Exact]:  # fmt: skip
+    """(dx, dy, dscale, dbias) of sum_i grad_i loss_i."""
+    dots, z, error = logits(x, y, scale, bias)
+    sign = torch.ones_like(z.value)
+    if labels is not None:
+        sign = torch.where(at(labels, z.value.shape[1]), -1.0, sign)
+    share, away = torch.sigmoid(sign * z.value), error + 4 * unit(x.dtype) * z.value.abs()
+    size = grad.double().abs()[:, None] * share
+    off = size * (torch.expm1(away) + 16 * unit(x.dtype))
+    tiny = grad.double().abs()[:, None] * torch.finfo(wide(x.dtype)).smallest_normal
+    dz = Exact(grad.double()[:, None] * sign * share, size, 0, off + tiny)
+    dbias = Exact(dz.value.sum(), size.sum(), size.numel(), dz.inherited.sum())
+    return *gradients_of_dots(dz, dots, x, y, False, scale, stored), dbias
 
 
 # ---- comparison -----------------------------------------------------------------------------------------------------
@@ -238,3 +431,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def non_finite(t: Tensor) -> Tensor:
     """What each element is: 0 finite, 1 or -1 infinite, 2 NaN."""
     return torch.where(t.isnan(), 2.0, torch.where(t.isinf(), t.sign(), torch.zeros_like(t))).double()
+
+
+def check_finite(e: Exact, out: Tensor, dtype: torch.dtype, context: object = "") -> None:
+    """`out` is NaN or infinite exactly where `e` is, and all else is `e` to its bound."""
+    assert out.shape == e.value.shape, f"{context}: shape {tuple(out.shape)}"
+    assert torch.equal(non_finite(out), non_finite(e.value)), f"{context}: other elements are NaN or infinite"
+    finite = e.value.isfinite()
+    Exact(*(t[finite] if isinstance(t, Tensor) else t for t in vars(e).values())).check(out[finite], dtype, context)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tlkernels  # noqa: E402
-from bench import gemm, harness, lora, nf4, registry, report, roofline  # noqa: E402
+from bench import contrastive, gemm, harness, lora, nf4, registry, report, roofline  # noqa: E402
 from bench.__main__ import main, run  # noqa: E402
 from bench.registry import Case, Problem, Provider, Ratio, Run, Selection  # noqa: E402
 from tlkernels import ops  # noqa: E402
@@ -446,6 +446,194 @@ def test_grouped_with_one_wrong_row_is_wrong() -> None:
     assert problem.error(result) > problem.tolerance
 
 
+# ---- contrastive ----------------------------------------------------------------------------------------------------
+
+
+def _contrastive_problem(op: str, dtype: torch.dtype = torch.float32, count: int = 96) -> Problem:
+    return contrastive.FAMILY.problem(Case(op, (count, 24), dtype, 40 if op == "moco_both" else None), CPU)
+
+
+def test_every_contrastive_op_is_benchmarked_at_every_size() -> None:
+    cases = contrastive.FAMILY.cases(Selection())
+    assert len(set(cases)) == len(cases) and {c.op for c in cases} == set(contrastive.OPS)
+    for op in set(contrastive.OPS) - {"moco_both"}:
+        assert {(c.shape, c.dtype) for c in cases if c.op == op} >= {((4096, 512), d) for d in contrastive.DTYPES}
+    clip = {c.shape for c in cases if c.op == "info_nce_both"}
+    assert clip == {(4096, 512), (1024, 512), (8192, 128), (8192, 768)}
+    assert {(c.shape, c.rows) for c in cases if c.op == "moco_both"} == {((65536, 128), 256)}
+    for op in contrastive.PLOTTED:  # sizes are what a plot is against
+        shapes = {c.shape for c in cases if c.op == op}
+        assert len({a * b for a, b in shapes}) == len(shapes)
+    needed = {name for op in contrastive.OPS for name in contrastive._needed(op)}
+    # reduction="none" alone needs them
+    aside = {"sigmoid_contrastive", "sigmoid_contrastive_backward"}
+    assert needed | aside == {n for n in ops._registry.OPS if n.startswith(("sim_lse", "sigmoid_contrastive"))}
+
+
+@pytest.mark.parametrize("dtype", contrastive.DTYPES, ids=str)
+@pytest.mark.parametrize("op", contrastive.OPS)
+def test_every_contrastive_provider_solves_small_problems(
+    op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(contrastive, "TILE", 40)  # several, and one that is not full
+    problem, seen = _contrastive_problem(op, dtype), set()
+    tight = registry.PRODUCT_TOLERANCE[dtype]
+    for provider in contrastive.FAMILY.providers(CPU):
+        if "compiled" in provider.name:
+            continue  # compiling takes many seconds
+        with provider.context():
+            prepared = provider.prepare(problem)
+            if prepared is not None:
+                seen.add(provider.name)
+                error = (prepared.error or problem.error)(prepared.call())
+                ours = provider.name.startswith(("tlkernels", "reference"))
+                # few rows: what rounding the logits to bfloat16 costs does not average out. Ours are not rounded, but
+                # sup_con's gradient is a sum of two that are.
+                bound = tight if dtype == torch.float32 else 2 * tight if ours else 0.1
+                assert error <= bound, provider.name
+                assert f"{provider.name:26} loss off by" in capsys.readouterr().out
+    packages = {"open_clip": "open_clip", "lightly": "lightly", "pytorch-metric-learning": "pytorch_metric_learning"}
+    there = {name for name, package in packages.items() if contrastive._installed(package)}
+    expected = {
+        "info_nce": {"open_clip", "linear_cross_entropy"},
+        "siglip": {"open_clip"},
+        "supcon": {"pytorch-metric-learning"},
+        "ntxent": {"pytorch-metric-learning", "lightly"},
+        "moco": {"lightly", "moco by hand"},
+    }[op.removesuffix("_both").removesuffix("_forward")]
+    expected -= set(packages) - there
+    assert seen - {"tlkernels cpu"} == expected | {"reference eager", "Python tiles"}
+
+
+@pytest.mark.parametrize("op", contrastive.OPS)
+def test_what_is_compiled_is_right_uncompiled(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive, "_compiled", lambda loss: loss)
+    problem = _contrastive_problem(op)
+    runs = [contrastive._formula_compiled(problem)]
+    if contrastive._installed("open_clip") and (run := contrastive._open_clip_compiled(problem)) is not None:
+        runs.append(run)
+    assert len(runs) == 1 + (contrastive._installed("open_clip") and op.startswith(("info_nce", "siglip")))
+    for run in runs:
+        assert problem.error(run.call()) <= problem.tolerance
+
+
+def test_contrastive_judges_by_autograd_of_the_formula() -> None:
+    """The oracle's hand-written gradients in float64, against autograd of the plain formulas."""
+    for op in contrastive.OPS:
+        problem = _contrastive_problem(op)
+        wide = {n: t.double() if t.is_floating_point() else t for n, t in problem.data.items()}
+        leaves = {n: wide[n].clone().requires_grad_() for n in contrastive._leaves(op)}
+        formula = contrastive._FORMULAS[op.removesuffix("_both").removesuffix("_forward")]
+        float_of, torch.Tensor.float = torch.Tensor.float, lambda self: self
+        try:
+            loss = formula({**wide, **leaves})
+        finally:
+            torch.Tensor.float = float_of
+        grads = torch.autograd.grad(loss, tuple(leaves.values()))
+        judge = problem.error
+        assert loss.item() == pytest.approx(float(judge.wanted["loss"]), rel=1e-12)
+        for name, grad in zip(leaves, grads, strict=True):
+            want = judge.wanted[f"d{name}"]
+            torch.testing.assert_close(grad[judge.rows] if grad.dim() == 2 else grad, want, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("op", ["info_nce_both", "siglip_both", "moco_both"])
+def test_a_loss_with_one_wrong_result_is_wrong(op: str) -> None:
+    problem = _contrastive_problem(op)
+    right = contrastive._ours(problem).call()
+    assert set(right) == {"loss"} | {f"d{name}" for name in contrastive._leaves(op)}
+    assert problem.error(right) <= problem.tolerance
+    for name, value in right.items():
+        assert problem.error({**right, name: value * 1.001}) > problem.tolerance, name
+        for broken in (value[1:] if value.dim() else value[None], value * math.nan):
+            assert problem.error({**right, name: broken}) == math.inf
+    assert problem.error({"loss": right["loss"]}) == math.inf
+    assert problem.error({**right, "dx": right["dx"].double()}) == math.inf
+
+
+def test_who_normalizes_is_judged_without_the_part_along_the_row() -> None:
+    problem = _contrastive_problem("ntxent_both")
+    result = contrastive._ours(problem).call()
+    unit = problem.data["x"]
+    along = {**result, "dx": result["dx"] - (result["dx"] * unit).sum(1, keepdim=True) * unit}
+    projected = contrastive.Judge(problem.case, problem.data, projected=True)
+    assert problem.error(result) <= problem.tolerance < 1e-3 < projected(result)
+    assert projected(along) <= problem.tolerance < 1e-3 < problem.error(along)
+
+
+def test_a_run_of_contrastive(tmp_path: Path) -> None:
+    chosen = Selection(ops=("moco_both",), shapes=((64, 32),), rows=(3,), dtypes=(torch.float16,))
+    assert contrastive.FAMILY.cases(chosen) == [Case("moco_both", (64, 32), torch.float16, 3)]
+    quick = contrastive.FAMILY.cases(Selection(quick=True))
+    assert {c.op for c in quick} == set(contrastive.OPS) and all(max(c.shape) <= 1024 for c in quick)
+
+    selection = Selection(
+        quick=True, ops=("info_nce_both",), shapes=((64, 32), (128, 32)), dtypes=(torch.float32,),
+        providers=("tlkernels", "reference", "Python tiles"),
+    )  # fmt: skip
+    result = run(contrastive.FAMILY, CPU, selection, (1,), out=tmp_path / "r.json")
+    assert {(r.op, r.shape, r.rows) for r in result.rows} == {("info_nce_both", s, None) for s in ("64x32", "128x32")}
+    assert {"reference eager", "Python tiles"} <= {r.provider for r in result.rows} and all(
+        r.right for r in result.rows
+    )
+    tiles = next(r for r in result.rows if r.provider == "Python tiles" and r.shape == "64x32")
+    assert tiles.flops_per_second == pytest.approx(8 * 64 * 64 * 32 / tiles.seconds)
+    text = report.markdown(report.Report.load(tmp_path / "r.json"))
+    if any(r.ours for r in result.rows):
+        assert all(f" | {ratio.heading} | " in text for ratio in contrastive.RATIOS)
+
+
+def test_an_odd_batch_has_no_two_views() -> None:
+    with pytest.raises(ValueError, match="ntxent_both: a batch of 33; expected an even number"):
+        _contrastive_problem("ntxent_both", count=33)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters of memory")
+def test_memory_of_a_batch_is_its_matrices() -> None:
+    """open_clip's four, in this process; what stores chunks takes less."""
+    if not contrastive._installed("open_clip"):
+        pytest.skip("needs open_clip")
+    batch = 1024
+    stored = contrastive.peak_memory("open_clip", batch, 32)
+    arithmetic = contrastive.Curve(32, "float32").arithmetic(batch)
+    assert arithmetic == 4 * 4 * batch**2 and 0.9 * arithmetic < stored < 1.6 * arithmetic
+    assert contrastive.peak_memory("Python tiles", batch, 32) < 0.6 * stored
+
+
+def test_the_curve_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Doubling, one process each, and what would take too much is not run."""
+    asked = []
+
+    def answer(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        provider, batch = (command[command.index(name) + 1] for name in ("--one", "--batch"))
+        asked.append((provider, int(batch)))
+        return subprocess.CompletedProcess(command, 0, stdout=f"{int(batch) * 2**20}\n")
+
+    monkeypatch.setattr(contrastive.subprocess, "run", answer)
+    monkeypatch.setattr(contrastive, "_CURVES", ("Python tiles", "open_clip"))
+    monkeypatch.setattr(
+        contrastive.ContrastiveFamily,
+        "providers",
+        lambda self, device: [Provider(name, False, lambda p: None) for name in ("Python tiles", "open_clip")],
+    )
+    curve = contrastive.measure_memory(512, least=128, limit=16 * 300**2)
+    assert asked == [("Python tiles", n) for n in (128, 256, 512)] + [("open_clip", n) for n in (128, 256)]
+    assert curve.peaks["open_clip"] == {128: 128 * 2**20, 256: 256 * 2**20, 512: None}
+    lines = contrastive.memory_table(curve).splitlines()
+    assert lines[-1] == "| 512 | 4.0 MiB | 512.0 MiB | - | 4.0 MiB |" and len(lines) == 5
+    pytest.importorskip("matplotlib")
+    contrastive.plot_memory(curve, tmp_path / "m.png")
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_arguments_of_the_curve(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        contrastive.main(["--least", "64", "--most", "32"])
+    assert "expected 1 <= least <= most" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="peak_memory: got 'nobody'"):
+        contrastive.peak_memory("nobody", 64)
+
+
 # ---- gemm -----------------------------------------------------------------------------------------------------------
 
 
@@ -633,6 +821,7 @@ def test_a_wrong_result_of_ours_is_the_exit_status(
         (["--op", "nonsense"], "expected some of quantize"),
         (["--family", "lora", "--op", "quantize"], "expected some of both"),
         (["--family", "gemm", "--op", "quantize"], "expected some of nt, nn, tn"),
+        (["--family", "contrastive", "--op", "quantize"], "expected some of info_nce_both"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ EXPECTED: dict[str, tuple[str, str, bool]] = {
     "dora_weight_norm": ("raises", "lora_b", True),
     "nf4_dora_weight_norm": ("raises", "lora_a", True),
     "lora_merge_": ("none", "lora_b", False),
+    "sim_lse": ("yes", "x", True),
+    "sim_lse_backward": ("raises", "grad_row", True),
+    "sigmoid_contrastive": ("yes", "logit_scale", True),
+    "sigmoid_contrastive_backward": ("raises", "x", True),
+    "sigmoid_contrastive_sum": ("yes", "y", True),
 }
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 OTHER_DTYPES = {
@@ -77,12 +83,24 @@ def test_table_is_what_the_dispatcher_does() -> None:
         assert row.dtypes == OTHER_DTYPES.get(row.op, FLOATS), row
 
 
+@pytest.fixture(scope="session")
+def calls(nf4_calls: Any, lora_calls: Any, contrastive_calls: Any) -> Callable[..., dict[str, dict[str, Any]]]:
+    """A right call of every op, for features of a dtype."""
+
+    def of(dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Any]]:
+        return {
+            **nf4_calls(8, 64, dtype=dtype),
+            **lora_calls(8, 64, dtype=dtype),
+            **contrastive_calls(8, 9, 16, dtype=dtype),
+        }
+
+    return of
+
+
 @pytest.mark.parametrize("name", [name for name, (_, leaf, _) in EXPECTED.items() if leaf])
-def test_the_gradient_column_is_what_autograd_does(
-    backend: str, nf4_calls: Any, lora_calls: Any, name: str
-) -> None:  # fmt: skip
+def test_the_gradient_column_is_what_autograd_does(backend: str, calls: Any, name: str) -> None:
     gradient, leaf_name, _ = EXPECTED[name]
-    arguments = {**nf4_calls(8, 64), **lora_calls(8, 64)}[name]
+    arguments = calls()[name]
     leaf = arguments[leaf_name].clone().requires_grad_()
     out = _registry.OPS[name].overload(**{**arguments, leaf_name: leaf})
     results = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None and t.requires_grad]
@@ -101,11 +119,11 @@ def test_the_gradient_column_is_what_autograd_does(
                 first.sum().backward()
 
 
-def test_every_op_has_a_right_call(nf4_calls: Any, lora_calls: Any) -> None:
+def test_every_op_has_a_right_call(calls: Any) -> None:
     """Of which the tests of all ops make wrong ones."""
-    calls = {**nf4_calls(8, 64), **lora_calls(8, 64)}
-    assert set(calls) == set(EXPECTED) == set(_registry.OPS)
-    for name, arguments in calls.items():
+    right = calls()
+    assert set(right) == set(EXPECTED) == set(_registry.OPS)
+    for name, arguments in right.items():
         schema = _registry.OPS[name].overload._schema
         assert set(arguments) <= {a.name for a in schema.arguments}, name
 
@@ -122,30 +140,22 @@ def test_every_op_of_the_namespace_is_in_the_table() -> None:
     assert names == set(_registry.OPS)
 
 
-def test_dtypes_of_the_table_run_and_others_raise(backend: str, nf4_calls: Any, lora_calls: Any) -> None:
-    everything = [
-        getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64", "int32", "bool", "complex64")
-    ]
-    for name in ("nf4_linear", "nf4_linear_t", "nf4_quantize"):
-        arguments, allowed = nf4_calls(8, 64)[name], _registry.OPS[name].dtypes
-        first = next(iter(arguments))
-        for dtype in everything:
-            call = {**arguments, first: arguments[first].to(dtype)}
-            if str(dtype).removeprefix("torch.") in allowed:
-                _registry.OPS[name].overload(**call)
-            else:
-                with pytest.raises((TypeError, RuntimeError), match=f"{name}: {first} has dtype"):
-                    _registry.OPS[name].overload(**call)
-    for name, op in _registry.OPS.items():
-        if name in lora_calls(8, 64) and op.dtypes == FLOATS:
-            for dtype in everything:
-                arguments = lora_calls(8, 64)[name]
-                first = "x" if name == "lora_grouped_delta_" else next(iter(arguments))
-                if str(dtype).removeprefix("torch.") in FLOATS:
-                    op.overload(**lora_calls(8, 64, dtype=dtype)[name])
-                else:
-                    with pytest.raises((TypeError, RuntimeError), match=f"{name}: {first} has dtype"):
-                        op.overload(**{**arguments, first: arguments[first].to(dtype)})
+OF_FLOATS = ["nf4_linear", "nf4_linear_t", "nf4_quantize"]  # the other nf4 ops take what the format holds
+OF_FLOATS += [name for name in EXPECTED if "nf4" not in name and name not in OTHER_DTYPES and "absmax" not in name]
+OF_FLOATS += ["nf4_lora_linear", "nf4_lora_grad_x"]
+
+
+@pytest.mark.parametrize("name", OF_FLOATS)
+def test_dtypes_of_the_table_run_and_others_raise(backend: str, calls: Any, name: str) -> None:
+    op = _registry.OPS[name]
+    assert op.dtypes == FLOATS
+    first = "x" if name == "lora_grouped_delta_" else next(iter(calls()[name]))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        op.overload(**calls(dtype)[name])
+    for dtype in (torch.int32, torch.bool, torch.complex64):
+        arguments = calls()[name]
+        with pytest.raises((TypeError, RuntimeError), match=f"{name}: {first} has dtype"):
+            op.overload(**{**arguments, first: arguments[first].to(dtype)})
 
 
 # ---- forcing a backend ----------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ SupCon and their forms across processes are O(N) arithmetic on their results. 8 
 state kept for the backward pass is the inputs and O(N + M) statistics.
 
 Logits, exponentials and sums are float32 (float64 for float64), whatever the features' dtype; losses and log-sum-exps
-are returned so. Gradients of features are rounded once, to the features' dtype.
+are returned so. Gradients of features are rounded once, to the features' dtype; where the machine multiplies 16-bit
+numbers (AVX-512 BF16, GPUs), G is one factor of these products and is rounded to it as well, which is one more rounding
+error of 2^-9 an element before the sum. The gradients of scale and bias are summed from G before that.
 
 Aaron van den Oord et al. *Representation Learning with Contrastive Predictive Coding.* arXiv:1807.03748 (InfoNCE).
 Alec Radford et al. *Learning Transferable Visual Models From Natural Language Supervision.* ICML 2021 (CLIP).
@@ -70,6 +72,12 @@ def _check_scalars(op: str, **scalars: Tensor | None) -> None:
                 raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; expected one element")
 
 
+def _readable(t: Tensor) -> bool:
+    """Whether its values may be looked at: on the CPU, not while tracing, not as a batch of torch.func."""
+    plain = type(t) is Tensor and t.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
 def _check_index(op: str, name: str, index: Tensor | None, rows: int, columns: int) -> None:
     """int64 [rows], entries below `columns`; a negative one means none."""
     if index is None:
@@ -78,7 +86,7 @@ def _check_index(op: str, name: str, index: Tensor | None, rows: int, columns: i
         raise ValueError(
             f"{op}: {name} has dtype {name_of(index.dtype)} and shape {tuple(index.shape)}; expected int64 ({rows},)"
         )
-    if type(index) is Tensor and index.device.type == "cpu" and index.numel() and int(index.max()) >= columns:
+    if _readable(index) and index.numel() and int(index.max()) >= columns:
         raise IndexError(f"{op}: {name} has an entry {int(index.max())}; expected less than {columns}")
 
 
@@ -289,7 +297,7 @@ def _backward_sim_lse(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         grad_col = torch.zeros_like(lse_col) if grads[1] is None else grads[1]
     if labels is not None:
         # rows without a label, whose nll is the constant 0, and labels that are no column
-        chosen = (labels >= 0) & (labels < lse_col.shape[0] if ctx.cols else labels >= 0)
+        chosen = (labels >= 0) & (labels < (x if y is None else y).shape[0])
         of_nll_row = torch.where(chosen, of_nll_row, zeros)
         grad_row, grad_pair = grad_row + of_nll_row, -of_nll_row
         if grad_col is not None and grads[3] is not None and grad_col.shape[0]:
@@ -505,8 +513,16 @@ def lse_merge(*lse: Tensor) -> Tensor:
             raise ValueError(f"lse_merge: tensor {k} has shape {got}; expected {want}, like the first")
     merged = lse[0]
     for t in lse[1:]:
-        merged = torch.logaddexp(merged, t)
+        merged = _merged(merged, t)
     return merged
+
+
+def _merged(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b); where both are -inf the gradient is 0, for which logaddexp has NaN."""
+    nothing = (a == -torch.inf) & (b == -torch.inf)
+    zero = torch.zeros((), dtype=a.dtype, device=a.device)
+    both = torch.logaddexp(torch.where(nothing, zero, a), torch.where(nothing, zero, b))
+    return torch.where(nothing, zero - torch.inf, both)
 
 
 def _labels_of(
@@ -528,7 +544,7 @@ def _labels_of(
         )
     labels = labels.to(torch.int64)
     ignored = labels == ignore_index
-    if type(labels) is Tensor and labels.device.type == "cpu" and bool(((labels < 0) & ~ignored).any()):
+    if _readable(labels) and bool(((labels < 0) & ~ignored).any()):
         bad = int(labels[(labels < 0) & ~ignored][0])
         raise IndexError(f"{op}: labels has an entry {bad}; expected 0 <= label < {columns}, or {ignore_index}")
     return labels.masked_fill(ignored, -1)
@@ -545,7 +561,7 @@ def _with_negatives(
             f"expected {name_of(anchors.dtype)} (K, {anchors.shape[1]})"
         )
     more = sim_lse(anchors, negatives, scale, bias, cols=False).row
-    return torch.logaddexp(nll, more - target), torch.logaddexp(lse, more)
+    return _merged(nll, more - target), _merged(lse, more)
 
 
 def info_nce(
@@ -635,8 +651,8 @@ def info_nce(
     if x_negatives is not None:
         more = sim_lse(y, _negatives_like(op, x_negatives, x), scale, bias, cols=False).row
         if rows and columns:
-            nll_col = torch.where(chosen, torch.logaddexp(nll_col, more[column] - target), zero)
-        lse_col = torch.logaddexp(lse_col, more)
+            nll_col = torch.where(chosen, _merged(nll_col, more[column] - target), zero)
+        lse_col = _merged(lse_col, more)
     loss = nll_row
     if label_smoothing > 0.0 and rows and columns:
         of_row = _smoothing(x, y, y_negatives, scale, bias)
@@ -736,10 +752,10 @@ def nt_xent(
 
 
 def _inverse(op: str, temperature: float | Tensor, like: Tensor) -> Tensor:
+    scalar = _as_scalar(op, "temperature", temperature, like)
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"{op}: temperature is {temperature}; expected > 0")
-    # inverted in the precision of the logits, not in that of the parameter
-    return 1.0 / _as_scalar(op, "temperature", temperature, like).to(_acc(like.dtype))
+    return 1.0 / scalar.to(_acc(like.dtype))  # in the precision of the logits, whatever the parameter's is
 
 
 def sup_con(
