@@ -32,7 +32,7 @@ stage() {
     local verdict=ok
     if [ "$status" -ge 124 ] && [ "$status" -ne 125 ]; then verdict="stopped (status $status)"; elif [ "$status" -ne 0 ]; then verdict="failed (status $status)"; fi
     if [ "$status" -ne 0 ] && [ "$weight" = fatal ]; then failed=1; fi
-    summary+=("$(printf '%-14s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
+    summary+=("$(printf '%-22s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
     return "$status"
 }
 
@@ -78,6 +78,11 @@ tests_lora() {
         --junitxml="$OUT/gpu-tests-lora.xml" tests/ops/test_lora_triton.py -k cuda
 }
 
+tests_contrastive() {
+    TLKERNELS_REQUIRE=triton "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider \
+        --junitxml="$OUT/gpu-tests-contrastive.xml" tests/ops/test_contrastive_triton.py -k cuda
+}
+
 # Each CUDA kernel on small and odd shapes.
 SMOKE=$(cat <<'PYTHON'
 import torch
@@ -120,13 +125,18 @@ sanitize() {
 }
 
 benchmark() {
-    "$PYTHON" -W ignore -m bench --family nf4 --device cuda --max-minutes 1.8 --out "$OUT/cuda-nf4.json"
+    "$PYTHON" -W ignore -m bench --family nf4 --device cuda --max-minutes 1.3 --out "$OUT/cuda-nf4.json"
 }
 
 # What the goals name comes first: bfloat16, forward and backward.
 benchmark_lora() {
-    "$PYTHON" -W ignore -m bench --family lora --device cuda --max-minutes 1.2 --dtypes bfloat16 \
+    "$PYTHON" -W ignore -m bench --family lora --device cuda --max-minutes 0.9 --dtypes bfloat16 \
         --shapes 4096x4096 --rows 64,512,8192 --out "$OUT/cuda-lora.json"
+}
+
+benchmark_contrastive() {
+    "$PYTHON" -W ignore -m bench --family contrastive --device cuda --max-minutes 0.9 --dtypes bfloat16 \
+        --op info_nce_both,siglip_both --shapes 32768x768,8192x768 --out "$OUT/cuda-contrastive.json"
 }
 
 plots() {
@@ -142,7 +152,7 @@ for path in sorted(out.glob("cuda-*.json")):
 PYTHON
 }
 
-export -f machine build peers tests tests_lora sanitize benchmark benchmark_lora plots
+export -f machine build peers tests tests_lora tests_contrastive sanitize benchmark benchmark_lora benchmark_contrastive plots
 export PYTHON OUT SITE SMOKE
 WHEELS=${WHEELS:+$(cd "$WHEELS" && pwd)}
 export WHEELS
@@ -150,16 +160,18 @@ export WHEELS
 stage machine 20 soft bash -c machine
 stage peers 30 soft bash -c peers
 if stage build 120 fatal bash -c build; then
-    stage tests 100 fatal bash -c tests
-    stage tests-lora 50 soft bash -c tests_lora
-    stage sanitizer 40 fatal bash -c sanitize
-    stage benchmark 125 fatal bash -c benchmark
-    stage benchmark-lora 90 fatal bash -c benchmark_lora
+    stage tests 80 fatal bash -c tests
+    stage tests-lora 40 soft bash -c tests_lora
+    stage tests-contrastive 40 soft bash -c tests_contrastive
+    stage sanitizer 30 fatal bash -c sanitize
+    stage benchmark 90 fatal bash -c benchmark
+    stage benchmark-lora 65 fatal bash -c benchmark_lora
+    stage benchmark-contrastive 65 fatal bash -c benchmark_contrastive
     stage plots 15 soft bash -c plots
 fi
 
 echo
-echo "stage          time  result"
+echo "stage                  time  result"
 printf '%s\n' "${summary[@]}"
 echo "results: $OUT"
 exit "$failed"

@@ -24,7 +24,10 @@ from bench.registry import Ratio, plotted, ratios
 from bench.roofline import Ceilings
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("tlkernels", "torch", "triton", "numpy", "bitsandbytes", "peft")
+_PACKAGES = (
+    *("tlkernels", "torch", "triton", "numpy", "bitsandbytes", "peft"),
+    *("open_clip_torch", "pytorch-metric-learning", "lightly"),
+)
 
 
 @dataclass

@@ -70,7 +70,7 @@ class Size:
     batches: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)  # whose memory is measured
 
 
-FULL_SIZE, SHORT_SIZE = Size(), Size(epochs=15, seeds=1, batches=(512, 1024, 2048))
+FULL_SIZE, SHORT_SIZE = Size(), Size(epochs=25, seeds=1, batches=(512, 1024, 2048))
 
 
 @dataclass
@@ -500,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help="one seed, few steps, small batches")
     parser.add_argument("--seeds", type=int, help="how many")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="the images that are scored")
-    parser.add_argument("--output", type=Path, default=HERE / "clip_digits.png", help="the plot")
+    parser.add_argument("--output", type=Path, default=HERE.parent / "clip_digits.png", help="the plot")
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     parser.add_argument("--memory-of", choices=(OURS, EAGER), help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)

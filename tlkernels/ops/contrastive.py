@@ -50,13 +50,28 @@ def _acc(dtype: torch.dtype) -> torch.dtype:
 # ---- argument checks ------------------------------------------------------------------------------------------------
 
 
+def _check_tensors(op: str, **arguments: Any) -> None:
+    for name, t in arguments.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is {type(t).__name__}; expected a tensor")
+
+
+def _check_given(op: str, device: torch.device, **arguments: Any) -> None:
+    """What may be None is a tensor on the device where it is not."""
+    given = {name: t for name, t in arguments.items() if t is not None}
+    _check_tensors(op, **given)
+    check_device(op, device, **given)
+
+
 def _check_features(op: str, x: Tensor, y: Tensor | None) -> tuple[int, int]:
     """N and M."""
+    _check_tensors(op, x=x)
     check_float(op, x=x)
     if x.dim() != 2:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (N, D)")
     if y is None:
         return x.shape[0], x.shape[0]
+    _check_tensors(op, y=y)
     if y.dtype != x.dtype:
         raise TypeError(f"{op}: y has dtype {name_of(y.dtype)}; expected {name_of(x.dtype)}, like x")
     if y.dim() != 2 or y.shape[1] != x.shape[1]:
@@ -288,35 +303,51 @@ def _setup_sim_lse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.cols = cols and y is not None
 
 
+def _logit_gradients(
+    labels: Tensor | None, columns: int, of_row: Tensor, of_col: Tensor | None, of_nll_row: Tensor,
+    of_nll_col: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of rows' and columns' log-sum-exps and of the pairs' logits, from those of what `sim_lse` returns.
+
+    nll_row is the row's log-sum-exp less the pair's logit, nll_col that of the label's column less the same.
+    """
+    grad_row, grad_col, grad_pair = of_row, of_col, None
+    if labels is not None:
+        # rows without a label, whose nll is the constant 0, and labels that are no column
+        chosen = (labels >= 0) & (labels < columns)
+        of_nll_row = torch.where(chosen, of_nll_row, torch.zeros_like(of_nll_row))
+        grad_row, grad_pair = grad_row + of_nll_row, -of_nll_row
+        if grad_col is not None and of_nll_col is not None and columns:
+            of_nll_col = torch.where(chosen, of_nll_col, torch.zeros_like(of_nll_col))
+            grad_pair = grad_pair - of_nll_col
+            grad_col = grad_col.index_add(0, labels.clamp(0, columns - 1), of_nll_col)
+    return grad_row.contiguous(), grad_col, grad_pair
+
+
+def _bias_gradient(
+    lse_row: Tensor, lse_col: Tensor, grad_row: Tensor, grad_col: Tensor | None, grad_pair: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Each softmax sums to 1, so no tile is needed; a sum over nothing has no weight to give."""
+    grad_bias = torch.where(lse_row == -torch.inf, torch.zeros_like(grad_row), grad_row).sum()
+    if grad_col is not None:
+        grad_bias = grad_bias + torch.where(lse_col == -torch.inf, torch.zeros_like(grad_col), grad_col).sum()
+    return grad_bias if grad_pair is None else grad_bias + grad_pair.sum()
+
+
 def _backward_sim_lse(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     x, y, logit_scale, logit_bias, labels, exclude, lse_row, lse_col = ctx.saved_tensors
     zeros = torch.zeros_like(lse_row)
-    of_lse_row, of_nll_row = (zeros if g is None else g for g in (grads[0], grads[2]))
-    grad_row, grad_col, grad_pair = of_lse_row, None, None
-    if ctx.cols:
-        grad_col = torch.zeros_like(lse_col) if grads[1] is None else grads[1]
-    if labels is not None:
-        # rows without a label, whose nll is the constant 0, and labels that are no column
-        chosen = (labels >= 0) & (labels < (x if y is None else y).shape[0])
-        of_nll_row = torch.where(chosen, of_nll_row, zeros)
-        grad_row, grad_pair = grad_row + of_nll_row, -of_nll_row
-        if grad_col is not None and grads[3] is not None and grad_col.shape[0]:
-            of_nll_col = torch.where(chosen, grads[3], zeros)
-            grad_pair = grad_pair - of_nll_col
-            grad_col = grad_col.index_add(0, labels.clamp(0, grad_col.shape[0] - 1), of_nll_col)
+    of_row, of_nll_row = (zeros if g is None else g for g in (grads[0], grads[2]))
+    of_col = (torch.zeros_like(lse_col) if grads[1] is None else grads[1]) if ctx.cols else None
+    columns = (x if y is None else y).shape[0]
+    grad_row, grad_col, grad_pair = _logit_gradients(labels, columns, of_row, of_col, of_nll_row, grads[3])
     grad_x, grad_y, grad_scale = call(
         "sim_lse_backward", x, y, logit_scale, logit_bias, labels, exclude, lse_row, lse_col if ctx.cols else None,
-        grad_row.contiguous(), grad_col, grad_pair, need_x=ctx.needs_input_grad[0], need_y=ctx.needs_input_grad[1],
+        grad_row, grad_col, grad_pair, need_x=ctx.needs_input_grad[0], need_y=ctx.needs_input_grad[1],
     )  # fmt: skip
     grad_bias = None
     if logit_bias is not None and ctx.needs_input_grad[3]:
-        # each softmax sums to 1, so no tile is needed; a row of nothing has no weight to give
-        grad_bias = torch.where(lse_row == -torch.inf, zeros, grad_row).sum()
-        if grad_col is not None:
-            grad_bias = grad_bias + torch.where(lse_col == -torch.inf, torch.zeros_like(grad_col), grad_col).sum()
-        if grad_pair is not None:
-            grad_bias = grad_bias + grad_pair.sum()
-        grad_bias = _like(grad_bias, logit_bias)
+        grad_bias = _like(_bias_gradient(lse_row, lse_col, grad_row, grad_col, grad_pair), logit_bias)
     return (
         grad_x if ctx.needs_input_grad[0] else None,
         grad_y if y is not None and ctx.needs_input_grad[1] else None,
@@ -437,6 +468,13 @@ def _check_reduction(op: str, reduction: str) -> None:
         raise ValueError(f"{op}: reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
 
 
+def _check_smoothing(op: str, label_smoothing: float) -> None:
+    if not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"{op}: label_smoothing is {type(label_smoothing).__name__}; expected a number")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing}; expected 0 <= label_smoothing <= 1")
+
+
 def _reduce(loss: Tensor, reduction: str, count: Tensor | int) -> Tensor:
     """`count` is how many terms the mean is over; of none, the mean is 0."""
     if reduction == "none":
@@ -488,6 +526,8 @@ def sim_lse(
         \mathrm{nll}^r_i = r_i - z_{i \ell_i}, \quad \mathrm{nll}^c_i = c_{\ell_i} - z_{i \ell_i}
     """
     op = "sim_lse"
+    _check_features(op, x, y)
+    _check_given(op, x.device, y=y, labels=labels, exclude=exclude)
     scale = _as_scalar(op, "logit_scale", logit_scale, x)
     bias = None if logit_bias is None else _as_scalar(op, "logit_bias", logit_bias, x)
     return SimLSE(*call(op, x, y, scale, bias, labels, exclude, cols=cols))
@@ -508,6 +548,8 @@ def lse_merge(*lse: Tensor) -> Tensor:
     if not lse:
         raise ValueError("lse_merge: got no tensors; expected at least one")
     for k, t in enumerate(lse):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"lse_merge: argument {k} is {type(t).__name__}; expected a tensor")
         if t.shape != lse[0].shape:
             got, want = tuple(t.shape), tuple(lse[0].shape)
             raise ValueError(f"lse_merge: tensor {k} has shape {got}; expected {want}, like the first")
@@ -537,6 +579,7 @@ def _labels_of(
         return torch.arange(label_offset, label_offset + rows, device=device)
     if label_offset != 0:
         raise ValueError(f"{op}: label_offset is {label_offset} and labels are given; expected one of them")
+    _check_given(op, device, labels=labels)
     integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if not integer or tuple(labels.shape) != (rows,):
         raise ValueError(
@@ -550,16 +593,20 @@ def _labels_of(
     return labels.masked_fill(ignored, -1)
 
 
+def _check_negatives(op: str, x: Tensor, **negatives: Tensor | None) -> None:
+    _check_given(op, x.device, **negatives)
+    for name, t in negatives.items():
+        if t is not None and (t.dim() != 2 or t.shape[1] != x.shape[1] or t.dtype != x.dtype):
+            raise ValueError(
+                f"{op}: {name} has dtype {name_of(t.dtype)} and shape {tuple(t.shape)}; "
+                f"expected {name_of(x.dtype)} (K, {x.shape[1]})"
+            )
+
+
 def _with_negatives(
-    op: str, name: str, nll: Tensor, lse: Tensor, target: Tensor, anchors: Tensor, negatives: Tensor, scale: Tensor,
-    bias: Tensor | None,
+    nll: Tensor, lse: Tensor, target: Tensor, anchors: Tensor, negatives: Tensor, scale: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(nll, lse) when the anchors' sums go on over `negatives`."""
-    if negatives.dim() != 2 or negatives.shape[1] != anchors.shape[1] or negatives.dtype != anchors.dtype:
-        raise ValueError(
-            f"{op}: {name} has dtype {name_of(negatives.dtype)} and shape {tuple(negatives.shape)}; "
-            f"expected {name_of(anchors.dtype)} (K, {anchors.shape[1]})"
-        )
     more = sim_lse(anchors, negatives, scale, bias, cols=False).row
     return _merged(nll, more - target), _merged(lse, more)
 
@@ -628,11 +675,13 @@ def info_nce(
     """
     op = "info_nce"
     _check_reduction(op, reduction)
+    _check_tensors(op, x=x, y=y)
     rows, columns = _check_features(op, x, y)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing is {label_smoothing}; expected 0 <= label_smoothing <= 1")
+    _check_smoothing(op, label_smoothing)
     if x_negatives is not None and not symmetric:
         raise ValueError(f"{op}: x_negatives are given without symmetric; expected None, the rows of y are no anchors")
+    _check_given(op, x.device, y=y)
+    _check_negatives(op, x, y_negatives=y_negatives, x_negatives=x_negatives)
     target_of = _labels_of(op, rows, columns, labels, label_offset, ignore_index, x.device)
     scale = _as_scalar(op, "logit_scale", logit_scale, x)
     bias = None if logit_bias is None else _as_scalar(op, "logit_bias", logit_bias, x)
@@ -646,10 +695,10 @@ def info_nce(
     alone = decoupled and rows > 0 and columns > 0 and (x_negatives is not None or y_negatives is not None)
     target = _targets(x, y, column, scale, bias) if alone else lse_row - nll_row
     if y_negatives is not None:
-        nll_row, lse_row = _with_negatives(op, "y_negatives", nll_row, lse_row, target, x, y_negatives, scale, bias)
+        nll_row, lse_row = _with_negatives(nll_row, lse_row, target, x, y_negatives, scale, bias)
         nll_row = torch.where(chosen, nll_row, zero)
     if x_negatives is not None:
-        more = sim_lse(y, _negatives_like(op, x_negatives, x), scale, bias, cols=False).row
+        more = sim_lse(y, x_negatives, scale, bias, cols=False).row
         if rows and columns:
             nll_col = torch.where(chosen, _merged(nll_col, more[column] - target), zero)
         lse_col = _merged(lse_col, more)
@@ -665,15 +714,6 @@ def info_nce(
         loss = 0.5 * (loss + nll_col)
     loss = _reduce(loss, reduction, rows if labels is None else chosen.sum())
     return (loss, lse_row, lse_col) if return_lse else loss
-
-
-def _negatives_like(op: str, negatives: Tensor, x: Tensor) -> Tensor:
-    if negatives.dim() != 2 or negatives.shape[1] != x.shape[1] or negatives.dtype != x.dtype:
-        raise ValueError(
-            f"{op}: x_negatives has dtype {name_of(negatives.dtype)} and shape {tuple(negatives.shape)}; "
-            f"expected {name_of(x.dtype)} (K, {x.shape[1]})"
-        )
-    return negatives
 
 
 def _targets(x: Tensor, y: Tensor, column: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -732,10 +772,12 @@ def nt_xent(
     """
     op = "nt_xent"
     _check_reduction(op, reduction)
+    _check_tensors(op, z=z)
     check_float(op, z=z)
     if z.dim() != 2:
         raise ValueError(f"{op}: z has shape {tuple(z.shape)}; expected (N, D)")
     if z_other is not None:
+        _check_given(op, z.device, z_other=z_other)
         if z_other.shape != z.shape or z_other.dtype != z.dtype:
             raise ValueError(
                 f"{op}: z_other has dtype {name_of(z_other.dtype)} and shape {tuple(z_other.shape)}; "
@@ -800,7 +842,8 @@ def sup_con(
         - \frac{1}{|P(i)|} \sum_{p \in P(i)} z_i \cdot z_p / \tau
 
     with A(i) all but i, and P(i) those of A(i) in i's class. The mean positive logit is a product with the class sum:
-    O(N D), no matrix. It is summed in another order than the tiles, so a loss may be below 0 by a rounding.
+    O(N D), no matrix. It is summed in another order than the tiles, so a loss may be below 0 by a rounding. The
+    gradient is the sum of two, from the tiles and from the class sums, each rounded to z's dtype.
 
     References
     ----------
@@ -810,12 +853,14 @@ def sup_con(
     _check_reduction(op, reduction)
     if no_positive not in ("skip", "zero", "error"):
         raise ValueError(f"{op}: no_positive is {no_positive!r}; expected 'skip', 'zero' or 'error'")
+    _check_tensors(op, z=z, labels=labels)
     check_float(op, z=z)
     if z.dim() != 2:
         raise ValueError(f"{op}: z has shape {tuple(z.shape)}; expected (N, D)")
     if (z_ref is None) != (ref_labels is None):
         raise ValueError(f"{op}: one of z_ref and ref_labels is None; expected both or neither")
     rows = z.shape[0]
+    _check_given(op, z.device, labels=labels, z_ref=z_ref, ref_labels=ref_labels)
     _check_classes(op, "labels", labels, rows)
     if z_ref is not None and ref_labels is not None:
         if z_ref.dtype != z.dtype or z_ref.dim() != 2 or z_ref.shape[1] != z.shape[1]:
@@ -907,7 +952,8 @@ def sigmoid_contrastive(
         \sigma_{ij} = 2 [j = \ell_i] - 1
 
     With "mean" and "sum", where a gradient will be wanted, the forward pass makes it from the same tiles (6 N M D flops
-    in all); the backward pass only scales it. With "none" the tiles are made twice.
+    in all); the backward pass only scales it. With "none" the tiles are made twice, and for float16: the gradient of
+    the sum may leave its range where that of the mean, or of a loss that is divided by something else, does not.
 
     References
     ----------
@@ -915,6 +961,7 @@ def sigmoid_contrastive(
     """
     op = "sigmoid_contrastive"
     _check_reduction(op, reduction)
+    _check_tensors(op, x=x, y=y)
     rows, columns = _check_features(op, x, y)
     scale = _as_scalar(op, "logit_scale", logit_scale, x)
     bias = _as_scalar(op, "logit_bias", logit_bias, x)
@@ -928,7 +975,7 @@ def sigmoid_contrastive(
     wanted = torch.is_grad_enabled() and (
         torch._C._are_functorch_transforms_active() or any(t.requires_grad for t in tensors)
     )
-    if reduction == "none" or not wanted:
+    if reduction == "none" or not wanted or x.dtype == torch.float16:
         return _reduce(call(op, *tensors, target_of), reduction, rows)
     under_transform = torch._C._are_functorch_transforms_active()
     loss = call(
