@@ -6,7 +6,7 @@
 //              operand of both gradient products, grad_x += G y and grad_y += G^T x
 //   sigmoid    needs no sums: loss and G from one pass
 //
-// Flops: 2 n m d forward and 6 n m d backward (sigmoid 6 in all; x with itself 1 and 4). Bytes: x and y are read once
+// Flops: 2 n m d forward and 6 n m d backward (sigmoid 6 in all; x with itself 1 and 3). Bytes: x and y are read once
 // for every stripe of kStripe rows, from L3 where they fit. Beyond inputs and results there are the packed operands,
 // the part of G, and O(n + m) sums.
 //

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 import tlkernels.distributed as tld  # noqa: E402
+from tlkernels.ops import contrastive as contrastive_ops  # noqa: E402
 
 CASES: dict[str, tuple[tuple[int, ...], Callable[[], None]]] = {}
 EXCHANGES = ("gather", "ring")
@@ -143,11 +144,17 @@ def logits_of(b: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
 
 
 def info_nce_of_rows(
-    z: Tensor, labels: Tensor, *, symmetric: bool = True, decoupled: bool = False
+    z: Tensor, labels: Tensor, *, symmetric: bool = True, decoupled: bool = False, smoothing: float = 0.0
 ) -> Tensor:  # fmt: skip
     """Each row's loss, 0 where its label is negative, by the formula."""
     chosen, column, i = labels >= 0, labels.clamp(min=0), torch.arange(len(labels))
     target = z[i, column]
+    if smoothing:
+        assert not decoupled
+        loss = F.cross_entropy(z, column, label_smoothing=smoothing, reduction="none")
+        if symmetric:
+            loss = 0.5 * (loss + F.cross_entropy(z.T[column], i, label_smoothing=smoothing, reduction="none"))
+        return torch.where(chosen, loss, 0.0)
     if decoupled:
         at = torch.zeros_like(z, dtype=torch.bool)
         at[i[chosen], column[chosen]] = True
@@ -259,6 +266,84 @@ def info_nce_with_labels() -> None:
                 1e-12,
                 f"{exchange}, decoupled={decoupled}",
             )
+
+
+@case(1, 2, 3)
+def info_nce_with_label_smoothing() -> None:
+    """Spread over the candidates of all processes; parts of unequal size, labels that are ignored, a frozen y."""
+    rows, columns = [4, 2, 0][: world()], [6, 3, 4][: world()]
+    local = [torch.tensor(t).long() for t in ([5, 0, -100, 0], [2, -100], [])][: world()]
+    starts = [sum(columns[:r]) for r in range(world())]
+    labels = torch.cat([torch.where(t >= 0, t + s, -1) for t, s in zip(local, starts, strict=True)])
+    for exchange in EXCHANGES:
+        for symmetric in (True, False):
+            paired = batch(5, [3, 1, 0][: world()])
+            for b, given, at in (
+                (batch(3, rows, columns), local[rank_of()], labels), (paired, None, paired.labels())
+            ):  # fmt: skip
+                check_loss(
+                    b,
+                    lambda *m, e=exchange, s=symmetric, g=given, **k: tld.info_nce(
+                        *m, g, exchange=e, symmetric=s, label_smoothing=0.3, **k
+                    ),
+                    lambda z, s=symmetric, at=at: info_nce_of_rows(z, at, symmetric=s, smoothing=0.3),
+                    int((at >= 0).sum()),
+                    1e-12,
+                    f"{exchange}, symmetric={symmetric}",
+                )
+        b = batch(6, [2] * world())
+        whole, mine = b.whole(), list(b.mine())
+        info_nce_of_rows(logits_of(whole), b.labels(), smoothing=0.3).mean().backward()
+        mine[1].requires_grad_(rank_of() != 0)
+        mine[2].requires_grad_(rank_of() == 0)
+        tld.info_nce(*mine, label_smoothing=0.3, exchange=exchange).backward()
+        close(mine[0].grad, world() * b.part(whole[0].grad), 1e-12, "x")
+        if rank_of() != 0:
+            close(mine[1].grad, world() * b.part(whole[1].grad), 1e-12, "y")
+        else:
+            close(mine[2].grad, whole[2].grad, 1e-12, "scale")
+        for dtype, tolerance in ((torch.float32, 4e-6), (torch.bfloat16, 8e-3)):
+            b = batch(7, [3, 5, 2][: world()], dtype=dtype, scale=14.0, near=0.5)
+            mine, whole = b.mine(), b.whole()
+            with torch.autocast("cpu", torch.bfloat16):  # which must not lower the products with mean features
+                got = tld.info_nce(*mine, label_smoothing=0.3, exchange=exchange, local_loss=False)
+            want = info_nce_of_rows(logits_of(whole), b.labels(), smoothing=0.3).mean()
+            close(got.detach(), want.detach(), tolerance, f"{dtype}")
+            got.backward()
+            want.backward()
+            check_gradients(b, mine, whole, tolerance, f"{dtype}", world())
+
+
+@case(1, 2)
+def labels_that_could_not_be_looked_at() -> None:
+    """On a GPU values are not read: a label beyond the own columns is none, and never a column of the next process."""
+    b = batch(3, [3] * world(), [4] * world())
+    readable = contrastive_ops._readable
+    contrastive_ops._readable = lambda t: False
+    try:
+        for exchange in EXCHANGES:
+            found = []
+            for beyond in (4, -1):
+                mine, labels = b.mine(), torch.tensor([0, 1, beyond])
+                lse = tld.sim_lse(*mine, labels=labels, exclude=labels.roll(1), exchange=exchange)
+                (lse.nll_row @ torch.tensor([1.0, 2.0, 3.0]).double() + lse.nll_col.square().sum()).backward()
+                found.append([*(t.detach() for t in lse), *(t.grad for t in mine)])
+            for one, other in zip(*found, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0)
+    finally:
+        contrastive_ops._readable = readable
+
+
+@case(1, 2)
+def many_float16() -> None:
+    """The gradient of the sum over all pairs is beyond the range of float16, that of the mean is not."""
+    n = 4096 // world()
+    for exchange in EXCHANGES:
+        x, y = (torch.full((n, 4), 0.5, dtype=torch.float16, requires_grad=True) for _ in range(2))
+        tld.sigmoid_contrastive(x, y, 100.0, -100.0, exchange=exchange).backward()
+        wanted = torch.full((n, 4), 50.0 * (0.5 - 1 / 4096) * world())
+        for t in (x, y):
+            torch.testing.assert_close(t.grad.float(), wanted, rtol=2e-3, atol=0)  # type: ignore[union-attr]
 
 
 @case(1, 2, 3, 4)
@@ -459,6 +544,10 @@ def modules() -> None:
         close(loss.detach(), reference.detach(), 1e-5, "InfoNCELoss")
         loss.backward()
         reference.backward()
+        smooth = tld.InfoNCELoss(0.2, decoupled=True, label_smoothing=0.1, **options)
+        assert "label_smoothing=0.1, decoupled=True" in repr(smooth)
+        plain = tld.info_nce(x, y, 5.0, symmetric=False, decoupled=True, label_smoothing=0.1, **options)
+        torch.testing.assert_close(smooth(2 * x, y), plain, rtol=1e-5, atol=1e-6)
         close(nce.logit_scale.grad, same.logit_scale.grad, 1e-5, "InfoNCELoss: logit_scale.grad")
         assert nce.logit_scale.grad != 0 and f"exchange='{exchange}'" in repr(nce)
         lowered = torch.zeros(())
@@ -565,6 +654,7 @@ def wrong_calls_raise_everywhere() -> None:
     says("the dtype of the features: bfloat16 on rank 0; float32 on rank 1", agree(x=low[0], y=low[1]), ValueError)
     says("differ in what they call", agree(exchange="ring" if first else "gather"), ValueError)
     says("differ in what they call", agree(symmetric=first), ValueError)
+    says("differ in what they call", agree(label_smoothing=0.1 if first else 0.2), ValueError)
     says("differ in what they call", agree(logit_bias=None if first else 0.5), ValueError)
     other = tld.sigmoid_contrastive if first else tld.info_nce
     says("differ in what they call", lambda: other(*b.mine()), ValueError)
@@ -576,6 +666,8 @@ def wrong_calls_raise_everywhere() -> None:
         ({"x": [1.0]}, "x is list; expected a tensor"),
         ({"y": torch.ones(3, D + 2, dtype=torch.float64)}, "y has shape"),
         ({"y": torch.ones(2, D, dtype=torch.float64)}, "label_offset is 0 for 3 rows of x and 2 of y"),
+        ({"labels": [0, 1, 2]}, "labels is list; expected a tensor"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5; expected 0 <= label_smoothing <= 1"),
         ({"labels": torch.tensor([0, 1, 3])}, "labels has an entry 3; expected less than 3"),
         ({"labels": torch.tensor([0, 1, -7])}, "labels has an entry -7"),
         ({"logit_scale": torch.ones(2)}, "logit_scale has shape (2,)"),
@@ -592,6 +684,10 @@ def wrong_calls_raise_everywhere() -> None:
         x, y, scale, bias = b.mine()
         if first:
             says(f"{name}: text_features has 2 rows; expected 3", lambda: loss(x, y[:2], scale, bias), ValueError)  # noqa: B023
+        else:
+            says(f"{name}: rank 0 of the group", lambda: loss(x, y, scale, bias), RuntimeError)  # noqa: B023
+        if first:
+            says(f"{name}: image_features is list", lambda: loss([1.0], y, scale, bias), TypeError)  # noqa: B023
         else:
             says(f"{name}: rank 0 of the group", lambda: loss(x, y, scale, bias), RuntimeError)  # noqa: B023
     nce = tld.InfoNCELoss()

@@ -105,6 +105,22 @@ def test_alone(exchange: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_label_smoothing_alone(exchange: str, decoupled: bool) -> None:
+    """What `ops.info_nce` computes, values and gradients, also of labels that leave columns out."""
+    found = []
+    for loss, options in ((distributed.info_nce, {"exchange": exchange}), (ops.info_nce, {})):
+        x, y = features()
+        scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        labels = torch.tensor([3, 0, -100, 6, 6])
+        got = loss(x[:5], y, scale, -1.0, labels, label_smoothing=0.2, decoupled=decoupled, **options)
+        (got * 1.7).backward()
+        found.append((got.detach(), x.grad, y.grad, scale.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_launched_but_not_initialized(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = features()
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -262,7 +262,19 @@ def worker(rank: int, folder: Path) -> None:
         with pytest.raises(ValueError) as refused:
             call()
         report[case] = str(refused.value)
+    # one process is wrong: the other is told, and does not wait for the group's timeout
+    for case, loss in (
+        ("ClipLoss", ours.ClipLoss(**place)),
+        ("ClipLoss ring", ours.ClipLoss(local_loss=True, gather_with_grad=True, exchange="ring", **place)),
+        ("SigLipLoss", ours.SigLipLoss(**place)),
+    ):
+        x = draw(3, 4, seed=rank)
+        for wrong in (x[:2], x.long(), [1.0]):
+            with pytest.raises((TypeError, ValueError, RuntimeError)) as refused:
+                loss(x, wrong if rank == 0 else x, 2.0)
+            report.setdefault(f"wrong {case}", []).append(str(refused.value))
     (folder / f"{rank}.json").write_text(json.dumps(report))
+    torch.distributed.barrier()  # the other has its answer
     torch.distributed.destroy_process_group()
 
 
@@ -305,6 +317,13 @@ def test_two_processes_that_do_not_fit(two_processes: list[dict[str, Any]]) -> N
         assert report["wrong size"].startswith(f"SigLipLoss: rank is {rank} and world_size 3; expected {rank} and 2")
 
 
+@pytest.mark.parametrize("name", ["ClipLoss", "ClipLoss ring", "SigLipLoss"])
+def test_one_of_two_processes_is_wrong(two_processes: list[dict[str, Any]], name: str) -> None:
+    says = ("text_features has 2 rows; expected 3", "text_features has dtype int64", "text_features is list; expected")
+    for own, told, words in zip(*(r[f"wrong {name}"] for r in two_processes), says, strict=True):
+        assert words in own and "rank 0 of the group refused its arguments" in told
+
+
 # ---- wrong calls ----------------------------------------------------------------------------------------------------
 
 X = torch.ones(4, 3)
@@ -331,6 +350,12 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "DistillClipLoss: dist_text_features has 2 rows; expected 4, like dist_image_features",
     ),
+    (lambda: ours.ClipLoss()(X.tolist(), X, 1.0), TypeError, "ClipLoss: image_features is list; expected a tensor"),
+    (
+        lambda: ours.DistillClipLoss()(X, X, 1.0, X.to("meta"), X.to("meta"), 1.0),
+        ValueError,
+        "DistillClipLoss: dist_image_features is on meta; expected cpu",
+    ),
     (
         lambda: ours.create_loss(arguments(siglip=True, horovod=True)),
         ValueError,
@@ -347,3 +372,5 @@ def test_wrong_calls(call: Callable[[], Any], kind: type[Exception], says: str) 
 
 if __name__ == "__main__":
     worker(int(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads do not outlive the interpreter's shutdown in every order

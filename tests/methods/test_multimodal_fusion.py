@@ -561,3 +561,15 @@ def test_ogm_ge_wrong_calls() -> None:
     with pytest.raises(ValueError, match=r"logits\['b'\] give the labels nan"):
         modulation.step({"a": logits, "b": logits * math.nan}, labels)
     assert torch.equal(a.weight.grad, torch.ones(2, 2)) and modulation.ratios == {}
+
+
+def test_a_hidden_width_of_zero_is_no_default() -> None:
+    with pytest.raises(ValueError, match="CoAttentionBlock: x_hidden_features is 0; expected 1 or more"):
+        fusion.CoAttentionBlock(4, 4, 2, x_hidden_features=0)
+    with pytest.raises(ValueError, match="CoAttentionBlock: y_hidden_features is 0; expected 1 or more"):
+        fusion.CoAttentionBlock(4, 4, 2, y_hidden_features=0)
+
+
+def test_one_image_token_without_leading_dimensions() -> None:
+    out = fusion.insert_image_features(torch.zeros(1, 2, 3), torch.tensor([[7, 9]]), torch.arange(3.0), 9)
+    assert out.tolist() == [[[0.0, 0.0, 0.0], [0.0, 1.0, 2.0]]]

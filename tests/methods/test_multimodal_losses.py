@@ -1265,3 +1265,111 @@ def test_zero_shot_state_and_errors() -> None:
         mm.ZeroShotClassifier.from_prompts({"a": "x"}, lambda t: torch.zeros(1, 2))
     with pytest.raises(ValueError, match=r"prompts\['a'\] is empty"):
         mm.ZeroShotClassifier.from_prompts({"a": []}, lambda t: torch.zeros(1, 2))
+
+
+# ---- 16 bits, autocast, and arguments that would broadcast -----------------------------------------------------------
+
+
+def test_logits_are_float32_under_autocast() -> None:
+    x, y = unit(6, 5, dtype=torch.float32), unit(6, 5, seed=1, dtype=torch.float32)
+    classifier = mm.ZeroShotClassifier(y, list("abcdef"))
+    model = mm.TwoTower(nn.Identity(), nn.Identity(), logit_scale=100.0)
+    labels = torch.arange(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        zero_shot, logits = classifier(x), model.logits(model(x, y))
+        masked = mm.flyp_loss(x, y, 100.0, labels, collisions="mask")
+    want = 100.0 * x.double() @ y.double().T
+    for out in (zero_shot, logits.detach()):
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
+    wanted = 0.5 * (functional.cross_entropy(want, labels) + functional.cross_entropy(want.T, labels))
+    torch.testing.assert_close(masked.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nearest_neighbors_of_16_bits_are_those_of_the_numbers(autocast: bool) -> None:
+    # inner products 1 + k / 1024 for k = 0, 1, 2, ... would be one number in bfloat16
+    candidates = torch.stack([torch.ones(8), torch.arange(8) / 1024], 1)
+    queries = torch.ones(1, 2)
+    if not autocast:
+        candidates, queries = candidates.bfloat16(), queries.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(queue.nearest_neighbors(queries, candidates), candidates[7:])
+    large = torch.tensor([[300.0], [400.0]], dtype=torch.float16)  # whose products are infinite in float16
+    assert torch.equal(queue.nearest_neighbors(large, large), large[[1, 1]])
+
+
+def test_negatives_of_another_dtype() -> None:
+    model = mm.TwoTower(nn.Identity(), nn.Identity())
+    x, y = unit(4, 5, dtype=torch.bfloat16), unit(4, 5, seed=1, dtype=torch.bfloat16)
+    more = unit(6, 5, seed=2, dtype=torch.float32), unit(6, 5, seed=3, dtype=torch.float32)
+    loss = model.loss(model(x, y), image_negatives=more[0], text_negatives=more[1])
+    rounded = [t.bfloat16() for t in more]
+    torch.testing.assert_close(
+        loss, model.loss(model(x, y), image_negatives=rounded[0], text_negatives=rounded[1]), rtol=0, atol=0
+    )
+
+
+def test_no_loss_broadcasts_with_another() -> None:
+    x, y = unit(6, 5), unit(6, 5, seed=1)
+    tokens, scales = torch.zeros(6, 3, 7, dtype=torch.float64), torch.arange(1.0, 7.0)
+    ids = torch.zeros(6, 3, dtype=torch.int64)
+    for name, call in {
+        "cyclip_loss": lambda **more: mm.cyclip_loss(x, y, 1.0, **more),
+        "slip_loss": lambda **more: mm.slip_loss(x, y, 1.0, x, y, **more),
+        "declip_loss": lambda **more: mm.declip_loss((x, x), (y, y), 1.0, **more),
+        "coca_loss": lambda **more: mm.coca_loss(x, y, 1.0, tokens, ids, **more),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: reduction is 'none'; expected a loss that is one number"):
+            call(reduction="none")
+        with pytest.raises(ValueError, match=f"{name}: return_lse is True; expected a loss that is one number"):
+            call(return_lse=True)
+        assert call(reduction="sum").loss.dim() == 0
+    with pytest.raises(ValueError, match=r"declip_loss: image_loss has shape \(6,\); expected 0-d"):
+        mm.declip_loss((x, x), (y, y), 1.0, image_loss=torch.ones(6))
+    for name, scaled in {
+        "hard_negatives": lambda scale: mm.hard_negatives(x, y, scale),
+        "filip_loss": lambda scale: mm.filip_loss(x[:, None], y[:, None], scale),
+        "flyp_loss": lambda scale: mm.flyp_loss(x, y, scale, torch.arange(6), collisions="mask"),
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name}: logit_scale has shape \(6,\); expected one element"):
+            scaled(scales)
+        with pytest.raises(TypeError, match=f"{name}: logit_scale is a str; expected a number or a tensor"):
+            scaled("3")
+    one = torch.tensor([3.0])  # of one element, whatever the dimensions
+    torch.testing.assert_close(
+        mm.filip_loss(x[:, None], y[:, None], one), mm.filip_loss(x[:, None], y[:, None], 3.0), check_dtype=False
+    )
+
+
+def test_what_is_no_tensor_is_told_so() -> None:
+    x = unit(4, 5)
+    for call, message in (
+        (lambda: mm.vse_loss(x.tolist(), x), "vse_loss: x is a list; expected a tensor"),
+        (lambda: mm.cyclip_loss(x, None, 1.0), "cyclic_consistency: y is a NoneType; expected a tensor"),
+        (lambda: mm.hard_negatives(x, None), "hard_negatives: y is a NoneType; expected a tensor"),
+        (lambda: mm.itm_loss(torch.zeros(1, 2), [True]), "itm_loss: matched is a list; expected a tensor"),
+        (lambda: mm.nearest_neighbors(x, None), "nearest_neighbors: candidates is a NoneType; expected a tensor"),
+        (lambda: mm.ensemble_embeddings(x, [0, 0, 1, 1], 2), "ensemble_embeddings: classes is a list"),
+        (lambda: mm.modality_gap(x, None), "modality_gap: y is a NoneType; expected a tensor"),
+        (lambda: mm.retrieval_metrics([[1.0]]), "retrieval_metrics: queries is a list; expected a tensor"),
+        (lambda: mm.cca(x, None), "cca: y is a NoneType; expected a tensor"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_negative_classes_of_an_ensemble() -> None:
+    with pytest.raises(ValueError, match="ensemble_embeddings: classes has not each of 0 to 1, and only these"):
+        mm.ensemble_embeddings(unit(3, 5), torch.tensor([-1, 0, 1]), 2)
+
+
+def test_a_similarity_that_is_nan_draws_nothing() -> None:
+    x, y = unit(5, 3), unit(5, 3, seed=1)
+    x[3, 1] = math.nan
+    with pytest.raises(ValueError, match="hard_negatives: pair 3 has a similarity that is NaN"):
+        mm.hard_negatives(x, y)
+
+
+def test_itm_loss_of_no_pairs() -> None:
+    assert mm.itm_loss(torch.zeros(0, 2), torch.zeros(0, dtype=torch.bool)).item() == 0.0

@@ -468,3 +468,13 @@ def test_deep_cca_dtypes() -> None:
 def test_correlation_wrong_calls(call: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         call(randn(6, 3))
+
+
+def test_a_step_that_returns_the_logits_of_all_tokens() -> None:
+    def step(tokens: Tensor, state: int) -> tuple[Tensor, int]:
+        return torch.zeros(*tokens.shape, 5), state + 1
+
+    decoder = decoding.ContrastiveDecoder(step, 0, 0, greedy=True)
+    with pytest.raises(ValueError, match=r"step returns logits of shape \(2, 3, 5\); expected \(2, vocabulary\)"):
+        decoder.next(torch.zeros(2, 3, dtype=torch.int64))
+    assert decoder._states == (0, 0) and decoder.logits is None

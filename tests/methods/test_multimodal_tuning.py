@@ -145,6 +145,56 @@ def test_tip_adapter_f_learns() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_what_search_found_is_in_the_state() -> None:
+    features, labels, classes = cache()
+    adapter = tuning.TipAdapter(features, labels, classes, logit_scale=20.0)
+    adapter.search(randn(9, 6, seed=3), torch.arange(9) % 5, alphas=[2.5], betas=[3.5])
+    loaded = tuning.TipAdapter(features, labels, classes)
+    loaded.load_state_dict(adapter.state_dict())
+    assert (loaded.alpha, loaded.beta, loaded.logit_scale) == (2.5, 3.5, 20.0)
+    x = randn(4, 6, seed=5)
+    assert torch.equal(loaded(x), adapter(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_are_float32_for_16_bits(autocast: bool) -> None:
+    dtype = torch.float32 if autocast else torch.bfloat16
+    keys, texts, x = (functional.normalize(randn(n, 6, seed=n)).to(dtype) for n in (40, 5, 3))
+    adapter = tuning.TipAdapter(keys, torch.zeros(40, dtype=torch.int64), texts, beta=0.5, alpha=3.0)
+    encode = torch.nn.Flatten(1)
+    context = tuning.PromptContext(randn(2, 8, 2).to(dtype), [1, 2], 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tip = adapter(x)
+        coop_model = tuning.CoOp(context, lambda prompts, classes: encode(prompts)[:, :6])
+        coop = coop_model(x)
+        prompts = coop_model.class_features()
+        cocoop = tuning.CoCoOp(context, lambda prompts, classes: encode(prompts)[:, 2:8], 6)(x)
+    assert tip.dtype == coop.dtype == cocoop.dtype == torch.float32
+    # of the features as they are rounded after they are normalized
+    f, k, w = functional.normalize(x.float()).to(dtype).double(), adapter.keys.double(), adapter.class_features.double()
+    want = 100.0 * f @ w.T
+    want[:, 0] += 3.0 * torch.exp(-0.5 * (1 - f @ k.T)).sum(1)
+    torch.testing.assert_close(tip.double(), want, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(coop.double(), 100.0 * f @ prompts.double().T, rtol=1e-5, atol=1e-4)
+
+
+def test_coop_of_two_dtypes_and_of_no_features() -> None:
+    context = tuning.PromptContext(torch.ones(2, 8, 1), [1, 2], 3, init=torch.ones(3, 1))
+    model = tuning.CoOp(context, lambda prompts, classes: prompts.flatten(1).bfloat16(), logit_scale=1.0)
+    torch.testing.assert_close(model(torch.ones(1, 8)), torch.ones(1, 2), rtol=0, atol=0.01)
+    with pytest.raises(TypeError, match="CoOp: encode_text: result is a NoneType; expected a tensor"):
+        tuning.CoOp(context, lambda prompts, classes: None)(torch.ones(1, 8))
+
+
+def test_integer_features_and_no_validation() -> None:
+    features, labels, classes = cache()
+    with pytest.raises(TypeError, match="TipAdapter: features has dtype int64; expected float32"):
+        tuning.TipAdapter(torch.ones(2, 12, 6, dtype=torch.int64), labels, classes)
+    nothing = features[:0], labels[:0]
+    with pytest.raises(ValueError, match="fit_linear_probe: validation has no rows"):
+        tuning.fit_linear_probe(features, labels, C=[1.0, 2.0], validation=nothing)
+
+
 # ---- learned prompts ------------------------------------------------------------------------------------------------
 
 LENGTHS = [1, 3, 2]

@@ -604,3 +604,30 @@ def test_byol_head_trains_under_autocast() -> None:
         out = head(torch.randn(7, 5))
     out.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_one_row_of_a_synchronized_norm_is_left_to_it() -> None:
+    # the batch is that of all processes: torch knows its size, and says so itself where there is one process
+    for head in (pretrain.byol_projector(3, 4, 2), pretrain.DINOHead(3, 5, hidden_features=4, batch_norm=True)):
+        x = torch.randn(1, 3)
+        with pytest.raises(ValueError, match="x has 1 rows in training"):
+            head(x)
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            nn.SyncBatchNorm.convert_sync_batchnorm(head)(x)
+
+
+def test_what_is_no_tensor_is_told_so() -> None:
+    x = torch.randn(4, 3)
+    mask = torch.ones(1, 2)
+    for call, message in (
+        (lambda: pretrain.simclr_loss(None, x), "simclr_loss: z1 is a NoneType; expected a tensor"),
+        (lambda: pretrain.byol_loss(x, x, x, x.numpy()), "byol_loss: z2 is a ndarray; expected a tensor"),
+        (lambda: pretrain.supcon_loss(x[:, None], [0, 1, 0, 1]), "supcon_loss: labels is a list; expected a tensor"),
+        (lambda: pretrain.FeatureQueue(3, 4).enqueue(None), "FeatureQueue.enqueue: features is a NoneType"),
+        (lambda: pretrain.IBOTLoss(3)(x[None], None, mask), "IBOTLoss: teacher is a NoneType; expected a tensor"),
+        (lambda: pretrain.mae_loss(x[None], x[None], None), "mae_loss: mask is a NoneType; expected a tensor"),
+        (lambda: pretrain.causal_lm_loss(x, [1, 2]), "causal_lm_loss: labels is a list; expected a tensor"),
+        (lambda: pretrain.replaced_token_loss(x, None), "replaced_token_loss: replaced is a NoneType"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()

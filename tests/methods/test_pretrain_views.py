@@ -626,3 +626,19 @@ def test_group_sum_without_a_group() -> None:
     with pytest.raises(RuntimeError, match=r"GroupSum: torch.distributed is not initialised; expected init_process"):
         pretrain.GroupSum()(torch.ones(2))
     assert math.isfinite(pretrain.barlow_twins_loss(*views(2)).item())
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_the_center_of_a_model_in_float16(patches: bool) -> None:
+    rows, value = 200, 1000.0  # whose sum float16 does not hold
+    if patches:
+        ibot = pretrain.IBOTLoss(4, center_momentum=0.75).half()
+        tokens = torch.full((rows, 2, 4), value, dtype=torch.float16)
+        ibot(tokens, tokens, torch.ones(rows, 2))
+        center = ibot.center
+    else:
+        dino = pretrain.DINOLoss(4, center_momentum=0.75).half()
+        logits = [torch.full((rows, 4), value, dtype=torch.float16)] * 2
+        dino(logits, logits)
+        center = dino.center
+    assert center.dtype == torch.float16 and center.tolist() == [[250.0] * 4]

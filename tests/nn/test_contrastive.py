@@ -622,6 +622,28 @@ def test_examples_of_the_docstrings() -> None:
     assert result.attempted >= 15 and not result.failed
 
 
+@pytest.mark.parametrize("kind", [SupConLoss, NTXentLoss])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_nan_does_not_pass_for_nothing_to_learn(kind: Any, value: float) -> None:
+    z = draw(4, 3)
+    z[1, 2] = value
+    z.requires_grad_()
+    loss = kind()(z, LABELS)
+    loss.backward()
+    assert loss.isnan() and z.grad is not None and z.grad.isnan().any()
+
+
+def test_siglip_of_many_float16_has_finite_gradients() -> None:
+    """The gradient of the sum, 100 * 4096 / 2 / sqrt(D), is beyond 65504, that of the mean is not."""
+    x = torch.full((4096, 4), 0.5, dtype=torch.float16, requires_grad=True)
+    y = torch.full((4096, 4), 0.5, dtype=torch.float16, requires_grad=True)
+    SigLIPLoss()(x, y, 100.0, -100.0).backward()
+    wanted = 50.0 * (0.5 - 1 / 4096)  # of each element: half of the negatives, less the positive's half
+    for t in (x, y):
+        assert t.grad is not None
+        torch.testing.assert_close(t.grad.float(), torch.full((4096, 4), wanted), rtol=2e-3, atol=0)
+
+
 # ---- wrong calls ----------------------------------------------------------------------------------------------------
 
 X, LABELS, VIEW = torch.ones(4, 3), torch.tensor([0, 0, 1, 1]), torch.ones(4, 3)
@@ -692,6 +714,42 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: NTXentLoss()(X), ValueError, "NTXentLoss: labels and indices_tuple are None"),
     (lambda: NTXentLoss()(X, VIEW[:3]), ValueError, "NTXentLoss: labels has 3 rows; expected 4, like embeddings"),
     (lambda: NTXentLoss()(X, VIEW, ref_emb=X), ValueError, "NTXentLoss: ref_emb is given with two views; expected Non"),
+    # what is no tensor
+    (lambda: CLIPLoss()(X.numpy(), X, 1.0), TypeError, "CLIPLoss: image_features is ndarray; expected a tensor"),
+    (lambda: SigLIPLoss()(X, 1.0, 1.0), TypeError, "SigLIPLoss: text_features is float; expected a tensor"),
+    (lambda: InfoNCELoss()(X, X, [1.0]), TypeError, "InfoNCELoss: negative_keys is list; expected a tensor"),
+    (
+        lambda: InfoNCELoss(negative_mode="paired")(X, X, [1.0]),
+        TypeError,
+        "InfoNCELoss: negative_keys is list; expected a tensor",
+    ),
+    (lambda: InfoNCELoss(label_smoothing="1"), TypeError, "InfoNCELoss: label_smoothing is str; expected a number"),
+    (lambda: SupConLoss()(X, [0, 0, 1, 1]), TypeError, "SupConLoss: labels is list; expected a tensor"),
+    (lambda: NTXentLoss()(X, LABELS.numpy()), TypeError, "NTXentLoss: labels is ndarray; expected a tensor"),
+    (lambda: SupConLoss()(X, LABELS, None, X, [0, 1]), TypeError, "SupConLoss: ref_labels is list; expected a tensor"),
+    (lambda: NTXentLoss()(X, LABELS, None, [1.0]), TypeError, "NTXentLoss: ref_emb is list; expected a tensor"),
+    (lambda: NTXentLoss(memory_bank_size=[]), ValueError, r"memory_bank_size is \[\]; expected 0: use InfoNCELoss"),
+    # what is elsewhere
+    (lambda: CLIPLoss()(X, X.to("meta"), 1.0), ValueError, "CLIPLoss: text_features is on meta; expected cpu"),
+    (lambda: InfoNCELoss()(X, X, X.to("meta")), ValueError, "InfoNCELoss: negative_keys is on meta; expected cpu"),
+    # what no miner finds
+    *(
+        (lambda kind=kind, given=given: kind()(X, LABELS, given), error, says)
+        for kind in (SupConLoss, NTXentLoss)
+        for given, error, says in (
+            (3, TypeError, "indices_tuple is int; expected a tuple of 3 or 4 tensors"),
+            (([0], [1], [2]), TypeError, r"indices_tuple\[0\] is list; expected a tensor"),
+            ((LABELS, LABELS.float(), LABELS), ValueError, r"indices_tuple\[1\] has dtype float32 and shape \(4,\)"),
+            (
+                (LABELS, LABELS, LABELS[:2]),
+                ValueError,
+                r"\[2\] has dtype int64 and shape \(2,\); expected int64 \(4,\)",
+            ),
+            ((LABELS, LABELS, LABELS[:2], LABELS), ValueError, r"indices_tuple\[3\] has .*; expected int64 \(2,\)"),
+            ((LABELS, LABELS, LABELS + 3), IndexError, r"indices_tuple\[2\] has an entry 4; expected 0 <= index < 4"),
+            ((LABELS, LABELS - 1, LABELS), IndexError, r"indices_tuple\[1\] has an entry -1; expected 0 <= index < 4"),
+        )
+    ),
     (lambda: NTXentLoss()(X, VIEW.long()), ValueError, r"NTXentLoss: labels has dtype int64 and shape \(4, 3\)"),
 ]
 

@@ -282,6 +282,20 @@ for function in ("nt_xent", "sup_con"):
     PUBLIC.append((function, {"temperature": "warm"}, TypeError, says))
     says = "reduction is None; expected 'mean', 'sum' or 'none'"
     PUBLIC.append((function, {"reduction": None}, ValueError, says))
+for function, right in RIGHT.items():
+    for name, value in right.items():
+        if isinstance(value, Tensor):
+            for other in (value.tolist(), value.numpy()):
+                says = f"{name} is {type(other).__name__}; expected a tensor"
+                PUBLIC.append((function, {name: other}, TypeError, says))
+            if name not in ("x", "z"):
+                PUBLIC.append((function, {name: value.to("meta")}, ValueError, f"{name} is on meta; expected cpu"))
+for name in ("x_negatives", "y_negatives"):
+    PUBLIC.append(("info_nce", {name: [1.0]}, TypeError, f"{name} is list; expected a tensor"))
+    PUBLIC.append(("info_nce", {name: Y.to("meta")}, ValueError, f"{name} is on meta; expected cpu"))
+for function in ("info_nce", "sigmoid_contrastive"):
+    PUBLIC.append((function, {"y": None}, TypeError, "y is NoneType; expected a tensor"))
+PUBLIC.append(("info_nce", {"label_smoothing": "0"}, TypeError, "label_smoothing is str; expected a number"))
 
 
 @pytest.mark.parametrize(
@@ -294,7 +308,8 @@ def test_wrong_call_of_a_public_function(
     with pytest.raises((error, RuntimeError) if backend == "cpu" else error) as caught:
         getattr(ops, function)(**{**RIGHT[function], **changes})
     sentence = str(caught.value)
-    names = (function,) if "an entry" not in says or "or -" in says else (function, "sim_lse")
+    through = ("an entry" in says and "or -" not in says) or "on meta" in says
+    names = (function, "sim_lse") if through else (function,)
     assert any(f"{name}: {says}" in sentence for name in names), sentence
 
 
@@ -315,6 +330,8 @@ def test_the_public_call_that_is_changed_is_right(backend: str, function: str) -
 def test_lse_merge() -> None:
     with pytest.raises(ValueError, match="lse_merge: got no tensors; expected at least one"):
         ops.lse_merge()
+    with pytest.raises(TypeError, match="lse_merge: argument 0 is list; expected a tensor"):
+        ops.lse_merge([torch.ones(5), torch.ones(5)])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"lse_merge: tensor 2 has shape \(4,\); expected \(5,\), like the first"):
         ops.lse_merge(torch.ones(5), torch.ones(5), torch.ones(4))
 

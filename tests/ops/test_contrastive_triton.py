@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -17,17 +16,27 @@ from typing import Any
 import formula
 import pytest
 import torch
+import triton_modes
 from formula import Exact, same_bits
 from tolerances import TOLERANCES, relative_error
 from torch import Tensor
-from triton_modes import compiled, on_every_device
+from triton_modes import (
+    call,
+    check_signature,
+    compiled,
+    integers_of,
+    on_every_device,
+    ops_of,
+    outcome,
+    randn,
+    target,
+)
 
 import tlkernels
 from tlkernels import ops
-from tlkernels.ops import _registry
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NAMES = [name for name, op in _registry.OPS.items() if op.triton and op.triton.startswith("contrastive:")]
+NAMES = ops_of("contrastive")
 # (N, M, D): whole tiles; one off; primes; more columns than rows by far, and the reverse; one of each
 SHAPES = [(32, 64, 16), (33, 49, 17), (37, 19, 23), (3, 101, 40), (70, 5, 33), (1, 7, 1), (1, 1, 3)]
 CASES = [(DTYPES[0], shape) for shape in SHAPES] + [(dtype, shape) for dtype in DTYPES[1:] for shape in SHAPES[1:4]]
@@ -37,25 +46,8 @@ INF = math.inf
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
-def target(device: str) -> torch.device:
-    return torch.device("cpu" if device == "interpreter" else device)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def draw(low: int, high: int, n: int, seed: int = 0) -> Tensor:
     return torch.randint(low, max(high, low + 1), (n,), generator=torch.Generator().manual_seed(seed))
-
-
-def call(device: str, name: str, *args: Any, **kwargs: Any) -> Any:
-    """An op on the Triton backend, with its tensors on the device and its results back."""
-    place = target(device)
-    args = tuple(a.to(place) if isinstance(a, Tensor) and place.type != "cpu" else a for a in args)
-    with tlkernels.backend("triton"):
-        out = getattr(torch.ops.tlkernels, name).default(*args, **kwargs)
-    return tuple(t.cpu() for t in out) if isinstance(out, tuple) else out.cpu()
 
 
 def reference(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -567,15 +559,6 @@ def wrong(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "y: missing", {"y": None}
 
 
-def outcome(backend: str, name: str, arguments: dict[str, Any]) -> tuple[str, str] | None:
-    with tlkernels.backend(backend):
-        try:
-            getattr(torch.ops.tlkernels, name).default(**arguments)
-        except Exception as error:
-            return type(error).__name__, str(error)
-    return None
-
-
 @pytest.mark.parametrize("name", NAMES)
 @on_every_device
 def test_wrong_calls_get_the_reference_s_words(
@@ -601,15 +584,7 @@ def test_wrong_calls_get_the_reference_s_words(
 @pytest.mark.parametrize("name", NAMES)
 @compiled
 def test_a_kernel_takes_what_its_schema_says(name: str) -> None:
-    from tlkernels.triton_kernels import contrastive
-
-    op = _registry.OPS[name]
-    signature = inspect.signature(getattr(contrastive, op.triton.partition(":")[2]))
-    for argument, parameter in zip(op.overload._schema.arguments, signature.parameters.values(), strict=True):
-        assert argument.name == parameter.name
-        assert argument.kwarg_only == (parameter.kind is inspect.Parameter.KEYWORD_ONLY)
-        default = inspect.Parameter.empty if not argument.has_default_value() else argument.default_value
-        assert parameter.default == default, argument.name
+    check_signature(name)
 
 
 # ---- machine code, without the machine ------------------------------------------------------------------------------
@@ -622,31 +597,11 @@ def of(kind: str, names: str) -> dict[str, str]:
 
 
 def build(
-    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], *, capability: int = 90, ones: bool = False,
-    **options: Any,
-) -> Any:  # fmt: skip
-    """Compile a kernel for a GPU that need not be there; pointers and the sizes that are looked at divide by 16.
-
-    With `ones` the latter are 1, which Triton compiles as a constant that is no tensor.
-    """
-    import triton
-    from tlkernels.triton_kernels import nf4
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
-    names = kernel.arg_names
-    if ones:
-        sizes = {n for n, kind in arguments.items() if kind in ("i32", "i64") and n not in UNALIGNED}
-        arguments = {n: kind for n, kind in arguments.items() if n not in sizes}
-        constants = {**constants, **dict.fromkeys(sizes, 1)}
-    signature = {name: arguments.get(name, "constexpr") for name in names}
-    values = {(i,): constants.get(name) for i, name in enumerate(names) if name not in arguments}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in arguments and n not in UNALIGNED
-    }  # fmt: skip
-    source = ASTSource(kernel, signature, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**nf4.LAUNCH_OPTIONS, **options})
+    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], *, ones: bool = False, **options: Any
+) -> Any:
+    """With `ones` the sizes that are looked at are 1."""
+    sizes = integers_of(arguments) - UNALIGNED if ones else ()
+    return triton_modes.build(kernel, arguments, constants, unaligned=UNALIGNED, ones=sizes, **options)
 
 
 def tiles(dtype: str, block: int = 0, columns: int = 0) -> tuple[dict[str, str], dict[str, Any]]:

@@ -7,7 +7,6 @@ other mode run once, together, in a process of their own; each reports its own r
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,42 +14,34 @@ from typing import Any
 import formula
 import pytest
 import torch
+import triton_modes
 from formula import Exact, exact, product
 from tolerances import TOLERANCES
 from torch import Tensor
-from triton_modes import compiled, on_every_device
+from triton_modes import (
+    call,
+    check_signature,
+    compiled,
+    integers_of,
+    on_every_device,
+    ops_of,
+    outcome,
+    randn,
+    target,
+)
 
 import tlkernels
 from tlkernels import ops
-from tlkernels.ops import NF4Weight, _registry
+from tlkernels.ops import NF4Weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NAMES = [name for name, op in _registry.OPS.items() if op.triton and op.triton.startswith("lora:")]
+NAMES = ops_of("lora")
 # (rows, out, in): whole tiles; one off; rows that start inside a byte; one of each
 SHAPES = [(64, 128, 64), (33, 67, 130), (5, 40, 33), (70, 1, 9), (1, 7, 1)]
 SEEDS = (2**40 + 17, -(2**35))  # both halves of both numbers count
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
-
-
-def target(device: str) -> torch.device:
-    return torch.device("cpu" if device == "interpreter" else device)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def call(device: str, name: str, *args: Any, **kwargs: Any) -> Any:
-    """An op on the Triton backend, with its tensors on the device and its results back."""
-    place = target(device)
-    args = tuple(a.to(place) if isinstance(a, Tensor) and place.type != "cpu" else a for a in args)
-    with tlkernels.backend("triton"):
-        out = getattr(torch.ops.tlkernels, name).default(*args, **kwargs)
-    if name.endswith("_"):
-        return args[0].cpu()
-    return tuple(t.cpu() for t in out) if isinstance(out, tuple) else out.cpu()
 
 
 def quantized(*shape: int, nested: bool = False, block_size: int = 64, seed: int = 0) -> NF4Weight:
@@ -598,15 +589,6 @@ def wrong(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{name}: {value}", {name: value}
 
 
-def outcome(backend: str, name: str, arguments: dict[str, Any]) -> tuple[str, str] | None:
-    with tlkernels.backend(backend):
-        try:
-            getattr(torch.ops.tlkernels, name).default(**arguments)
-        except Exception as error:
-            return type(error).__name__, str(error)
-    return None
-
-
 @pytest.mark.parametrize("name", NAMES)
 @on_every_device
 def test_wrong_calls_get_the_reference_s_words(
@@ -631,15 +613,7 @@ def test_wrong_calls_get_the_reference_s_words(
 @pytest.mark.parametrize("name", NAMES)
 @compiled
 def test_a_kernel_takes_what_its_schema_says(name: str) -> None:
-    from tlkernels.triton_kernels import lora
-
-    op = _registry.OPS[name]
-    signature = inspect.signature(getattr(lora, op.triton.partition(":")[2]))
-    for argument, parameter in zip(op.overload._schema.arguments, signature.parameters.values(), strict=True):
-        assert argument.name == parameter.name
-        assert argument.kwarg_only == (parameter.kind is inspect.Parameter.KEYWORD_ONLY)
-        default = inspect.Parameter.empty if not argument.has_default_value() else argument.default_value
-        assert parameter.default == default, argument.name
+    check_signature(name)
 
 
 # ---- machine code, without the machine ------------------------------------------------------------------------------
@@ -654,33 +628,11 @@ def integers(names: str) -> dict[str, str]:
 
 
 def build(
-    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], *, capability: int = 90, ones: bool = False,
-    **options: Any,
-) -> Any:  # fmt: skip
-    """Compile a kernel for a GPU that need not be there; pointers and most sizes divide by 16.
-
-    With `ones` all sizes are 1, which Triton compiles as a constant that is no tensor.
-    """
-    import triton
-    from tlkernels.triton_kernels import nf4
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
-    names = kernel.arg_names
-    if ones:
-        sizes = {n for n, kind in arguments.items() if kind in ("i32", "i64") and (n not in UNALIGNED or n == "rank")}
-        arguments = {n: kind for n, kind in arguments.items() if n not in sizes}
-        constants = {**constants, **dict.fromkeys(sizes, 1)}
-    signature = {name: arguments.get(name, "constexpr") for name in names}
-    values = {(i,): constants.get(name) for i, name in enumerate(names) if name not in arguments}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(names) if n in arguments and n not in UNALIGNED and arguments[n] != "fp32"
-    }  # fmt: skip
-    source = ASTSource(kernel, signature, values, aligned)
-    gpu = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=gpu, options={**nf4.LAUNCH_OPTIONS, **options})
+    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], *, ones: bool = False, **options: Any
+) -> Any:
+    """With `ones` most sizes are 1."""
+    sizes = integers_of(arguments) - (UNALIGNED - {"rank"}) if ones else ()
+    return triton_modes.build(kernel, arguments, constants, unaligned=UNALIGNED, ones=sizes, **options)
 
 
 def build_product(

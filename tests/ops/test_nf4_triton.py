@@ -6,21 +6,22 @@ other mode run once, together, in a process of their own; each reports its own r
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import formula
 import pytest
 import torch
+import triton_modes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_product
 from torch import Tensor
-from triton_modes import compiled, on_every_device
+from triton_modes import check_signature, compiled, on_every_device, ops_of, randn, target
 
 import tlkernels
-from tlkernels.ops import FP4_CODE, NF4Weight, _registry
+from tlkernels.ops import FP4_CODE, NF4Weight
 from tlkernels.ops import nf4 as ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -47,23 +48,8 @@ def poisoned_memory() -> Iterator[None]:
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
-def target(device: str) -> torch.device:
-    return torch.device("cpu" if device == "interpreter" else device)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in dtype, shape and every bit, except that all NaN count as one."""
-    a, b = a.cpu(), b.cpu()
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.nan_to_num(0.5).view(bits), b.nan_to_num(0.5).view(bits)) and torch.equal(a.isnan(), b.isnan())
+    return formula.same_bits(a.cpu(), b.cpu())
 
 
 def quantized(
@@ -568,18 +554,10 @@ def test_wrong_calls(device: str) -> None:
         nf4.nf4_quantize(randn(64).to(target(device)), torch.tensor(FP4_CODE, device="meta"))
 
 
-@pytest.mark.parametrize("name", [op.name for op in _registry.OPS.values() if (op.triton or "").startswith("nf4:")])
+@pytest.mark.parametrize("name", ops_of("nf4"))
 @compiled
 def test_a_kernel_takes_what_its_schema_says(name: str) -> None:
-    from tlkernels.triton_kernels import nf4
-
-    op = _registry.OPS[name]
-    signature = inspect.signature(getattr(nf4, op.triton.partition(":")[2]))
-    for argument, parameter in zip(op.overload._schema.arguments, signature.parameters.values(), strict=True):
-        assert argument.name == parameter.name
-        assert argument.kwarg_only == (parameter.kind is inspect.Parameter.KEYWORD_ONLY)
-        default = inspect.Parameter.empty if not argument.has_default_value() else argument.default_value
-        assert parameter.default == default, argument.name
+    check_signature(name)
 
 
 # ---- machine code, without the machine ------------------------------------------------------------------------------
@@ -590,23 +568,7 @@ BLOCKS = {"BLOCK_SIZE": 64, "ABSMAX_BLOCK_SIZE": 256}
 SIZES = dict.fromkeys(("rows", "out_features", "in_features", "row_bytes", "x_stride"), "i32")
 
 
-def build(
-    kernel: Any, arguments: dict[str, str], constants: dict[str, int], *, capability: int = 90, **options: Any
-) -> Any:
-    """Compile a kernel for a GPU that need not be there; pointers and sizes that are not `rows` divide by 16."""
-    import triton
-    from tlkernels.triton_kernels import nf4
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(kernel, "fn", kernel) if isinstance(kernel, triton.runtime.Autotuner) else kernel
-    names = kernel.arg_names
-    signature = {name: arguments.get(name, "constexpr") for name in names}
-    values = {(i,): constants.get(name) for i, name in enumerate(names) if name not in arguments}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in arguments and n != "rows"}
-    source = ASTSource(kernel, signature, values, aligned)
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={**nf4.LAUNCH_OPTIONS, **options})
+build = functools.partial(triton_modes.build, unaligned={"rows"})
 
 
 def build_product(dtype: str, transposed: bool, nested: bool, capability: int, rows: int = 128, **options: Any) -> Any:

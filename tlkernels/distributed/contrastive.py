@@ -53,17 +53,24 @@ from torch import Tensor, nn
 from tlkernels.distributed import _collectives
 from tlkernels.distributed._collectives import Agreed, Call
 from tlkernels.nn import contrastive as one_process
-from tlkernels.ops._common import check_device
+from tlkernels.ops._common import check_device, no_autocast
 from tlkernels.ops._registry import call
 from tlkernels.ops.contrastive import (
     SimLSE,
     _acc,
     _as_scalar,
+    _bias_gradient,
     _check_features,
+    _check_given,
     _check_index,
     _check_scalars,
+    _check_smoothing,
+    _check_tensors,
     _labels_of,
     _like,
+    _logit_gradients,
+    _merged,
+    _scalar,
 )
 
 __all__ = ["CLIPLoss", "InfoNCELoss", "SigLIPLoss", "info_nce", "sigmoid_contrastive", "sim_lse"]
@@ -111,9 +118,7 @@ def _agree(
         if exchange not in EXCHANGES:
             raise ValueError(f"{op}: exchange is {exchange!r}; expected 'gather' or 'ring'")
         x, y, logit_scale, logit_bias = inputs()
-        for name, t in (("x", x), ("y", y)):
-            if not isinstance(t, Tensor):
-                raise TypeError(f"{op}: {name} is {type(t).__name__}; expected a tensor")
+        _check_tensors(op, x=x, y=y)
         rows, columns = _check_features(op, x, y)
         if group.size > 1 and x.device.type not in group.device_types:
             have = " and ".join(group.device_types)
@@ -123,13 +128,18 @@ def _agree(
         _check_scalars(op, logit_scale=scale, logit_bias=bias)
         labels, exclude, pairs = indices(rows, columns, x.device)
         check_device(op, x.device, y=y, logit_scale=scale, logit_bias=bias, labels=labels, exclude=exclude)
-        found.extend((x, y, scale, bias, labels, exclude))
+        found.extend((x, y, scale, bias, _own(labels, columns), _own(exclude, columns)))
         recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, scale, bias))
         given = f"exchange={exchange!r}, {settings}, logit_bias={bias is not None}"
         return Call(given, rows, columns, x.shape[1], x.dtype, pairs, x.requires_grad, y.requires_grad, recorded)
 
     agreed = _collectives.agree(op, group, check)
     return _Arguments(agreed, *found)
+
+
+def _own(index: Tensor | None, columns: int) -> Tensor | None:
+    """-1 for what is no column of this process, also where that could not be checked: shifted, it were another's."""
+    return None if index is None else torch.where((index >= 0) & (index < columns), index, -1)
 
 
 def _shifted(index: Tensor | None, first: int) -> Tensor | None:
@@ -176,7 +186,7 @@ def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, 
 
 def _nll_of_more(nll: Tensor, target: Tensor, others: Tensor, chosen: Tensor) -> Tensor:
     """The nll when its sum goes on over `others`. What it was is kept exactly where they add nothing."""
-    return torch.where(chosen, torch.logaddexp(nll, others - target), torch.zeros_like(nll))
+    return torch.where(chosen, _merged(nll, others - target), torch.zeros_like(nll))
 
 
 class _SimLSE(torch.autograd.Function):
@@ -211,10 +221,10 @@ class _SimLSE(torch.autograd.Function):
                 if mine:
                     own.extend(tile)
                     return None
-                others_row = tile[0] if others_row is None else torch.logaddexp(others_row, tile[0])
+                others_row = tile[0] if others_row is None else _merged(others_row, tile[0])
                 return tile[1] if cols else None
 
-            others_col = _collectives.ring([y], agreed.columns, agreed.group, visit, torch.logaddexp)
+            others_col = _collectives.ring([y], agreed.columns, agreed.group, visit, _merged)
             row, col, nll_row, nll_col = own
 
         if labels is not None:
@@ -233,9 +243,9 @@ class _SimLSE(torch.autograd.Function):
             if others_col is not None and count:
                 nll_col = _nll_of_more(nll_col, target, others_col[labels.clamp(min=0)], chosen)
         if others_row is not None:
-            row = torch.logaddexp(row, others_row)
+            row = _merged(row, others_row)
         if others_col is not None:
-            col = torch.logaddexp(col, others_col)
+            col = _merged(col, others_col)
         ctx.plan = plan
         ctx.save_for_backward(x, ys, scale, bias, labels, exclude, row, col)
         return row, col, nll_row, nll_col
@@ -249,16 +259,9 @@ class _SimLSE(torch.autograd.Function):
         need_x, need_y = ctx.needs_input_grad[0], agreed.grad_y
         needs = {"need_x": need_x, "need_y": need_y}
 
-        # nll_row is row less the pair's logit, nll_col is col there less the same
-        grad_row, grad_col, grad_pair = of_row.contiguous(), of_col if cols else None, None
-        if labels is not None:
-            zero = of_row.new_zeros(())
-            of_nll_row = torch.where(labels >= 0, of_nll_row, zero)
-            grad_row, grad_pair = grad_row + of_nll_row, -of_nll_row
-            if grad_col is not None and count:
-                of_nll_col = torch.where(labels >= 0, of_nll_col, zero)
-                grad_pair = grad_pair - of_nll_col
-                grad_col = grad_col.index_add(0, labels.clamp(min=0), of_nll_col)
+        grad_row, grad_col, grad_pair = _logit_gradients(
+            labels, count, of_row, of_col if cols else None, of_nll_row, of_nll_col
+        )
         columns = torch.stack([col, grad_col], 1) if grad_col is not None else None
 
         def tile(y: Tensor, of_columns: Tensor | None, shift: int | None) -> Any:
@@ -283,12 +286,7 @@ class _SimLSE(torch.autograd.Function):
             chunk = [ys] if columns is None else [ys, columns]
             grad_x, grad_y, grad_scale = _around(agreed, chunk, x, need_x, need_y, visit)
 
-        # each softmax sums to 1, so no tile is needed for the bias; a sum over nothing has no weight to give
-        grad_bias = torch.where(row == -torch.inf, 0.0, grad_row).sum()
-        if grad_col is not None:
-            grad_bias = grad_bias + torch.where(col == -torch.inf, 0.0, grad_col).sum()
-        if grad_pair is not None:
-            grad_bias = grad_bias + grad_pair.sum()
+        grad_bias = _bias_gradient(row, col, grad_row, grad_col, grad_pair)
         return _gradients(ctx, group, (x, scale, bias), grad_x, grad_y, torch.stack([grad_scale, grad_bias]))
 
 
@@ -342,6 +340,51 @@ def _gradients(
     )
 
 
+# ---- mean logits ----------------------------------------------------------------------------------------------------
+
+
+class _MeanLogits(torch.autograd.Function):
+    """The mean logit of each of this process's rows over all columns, and of each of its columns over all rows.
+
+    They are logits with the mean y and the mean x, so only sums of features cross the network.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: _Plan
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        agreed, acc = plan.agreed, _acc(x.dtype)
+        sums = torch.stack([y.sum(0, dtype=acc), x.sum(0, dtype=acc)])
+        mean_y, mean_x = _collectives.sum_over_ranks(sums, agreed.group) / _counts(agreed, sums)
+        ctx.agreed = agreed
+        ctx.save_for_backward(x, y, scale, bias, mean_x, mean_y)
+        with no_autocast(x.device):
+            of_rows, of_cols = x.to(acc) @ mean_y, y.to(acc) @ mean_x
+            factor, offset = _scalar(scale, sums), _scalar(bias, sums)
+            return factor * of_rows + offset, factor * of_cols + offset
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, of_row: Tensor, of_col: Tensor) -> Any:
+        x, y, scale, bias, mean_x, mean_y = ctx.saved_tensors
+        agreed, factor = ctx.agreed, _scalar(scale, of_row)
+        with no_autocast(x.device):
+            weighted = torch.stack([of_row @ x.to(of_row.dtype), of_col @ y.to(of_row.dtype)])
+            of_scale = (weighted * torch.stack([mean_y, mean_x])).sum()
+        # what all processes' rows ask of the mean y, and all columns of the mean x
+        to_y, to_x = _collectives.sum_over_ranks(weighted, agreed.group) / _counts(agreed, weighted)
+        grad_x = factor * (of_row[:, None] * mean_y + to_x)
+        grad_y = factor * (of_col[:, None] * mean_x + to_y)
+        scalars = torch.stack([of_scale, of_row.sum() + of_col.sum()])
+        return _gradients(ctx, agreed.group, (x, scale, bias), grad_x, grad_y, scalars)
+
+
+def _counts(agreed: Agreed, like: Tensor) -> Tensor:
+    """[2, 1], the number of columns and of rows of all processes."""
+    rows = sum(c.rows for c in agreed.calls)
+    return like.new_tensor([[max(sum(agreed.columns), 1)], [max(rows, 1)]])
+
+
 # ---- the sigmoid loss -----------------------------------------------------------------------------------------------
 
 
@@ -357,7 +400,10 @@ class _SigmoidSum(torch.autograd.Function):
         if plan.exchange == "gather":
             ys = _collectives.gather_rows(y, agreed.columns, agreed.group)
             inputs = (x, ys, scale, bias, _shifted(labels, agreed.first))
-            if not agreed.own.recorded:
+            ctx.made = agreed.own.recorded and x.dtype != torch.float16
+            if not ctx.made:
+                # float16: the gradient of the sum may leave its range, where that of the mean does not
+                ctx.save_for_backward(*inputs)
                 return call("sigmoid_contrastive", *inputs).sum()
             # from the same tiles; the backward pass scales it, and needs no features
             loss, *grads = call("sigmoid_contrastive_sum", *inputs, need_x=agreed.own.grad_x, need_y=agreed.grad_y)
@@ -380,12 +426,21 @@ class _SigmoidSum(torch.autograd.Function):
         agreed = ctx.plan.agreed
         group, need_x, need_y = agreed.group, ctx.needs_input_grad[0], agreed.grad_y
         if ctx.plan.exchange == "gather":
-            x, scale, bias, of_x, of_y, of_scale, of_bias = ctx.saved_tensors
-            grad_x = of_x * grad_loss if need_x else None
+            if ctx.made:
+                x, scale, bias, of_x, of_y, of_scale, of_bias = ctx.saved_tensors
+                factor = grad_loss
+            else:
+                x, ys, scale, bias, labels = ctx.saved_tensors
+                of_x, of_y, of_scale, of_bias = call(
+                    "sigmoid_contrastive_backward", x, ys, scale, bias, labels,
+                    grad_loss.expand(x.shape[0]).contiguous(), need_x=need_x, need_y=need_y,
+                )  # fmt: skip
+                factor = torch.ones_like(grad_loss)
+            grad_x = of_x * factor if need_x else None
             grad_y = None
             if need_y:
-                grad_y = _collectives.reduce_scatter_rows(of_y.to(grad_loss.dtype) * grad_loss, agreed.columns, group)
-            scalars = torch.stack([of_scale, of_bias]) * grad_loss
+                grad_y = _collectives.reduce_scatter_rows(of_y.to(factor.dtype) * factor, agreed.columns, group)
+            scalars = torch.stack([of_scale, of_bias]) * factor
             return _gradients(ctx, group, (x, scale, bias), grad_x, grad_y, scalars)
 
         x, y, scale, bias, labels = ctx.saved_tensors
@@ -478,6 +533,7 @@ def sim_lse(
     op = "sim_lse"
 
     def indices(rows: int, columns: int, device: torch.device) -> tuple[Tensor | None, Tensor | None, int]:
+        _check_given(op, device, labels=labels, exclude=exclude)
         _check_index(op, "labels", labels, rows, columns)
         _check_index(op, "exclude", exclude, rows, columns)
         return labels, exclude, rows
@@ -493,8 +549,9 @@ def _run_sim_lse(a: _Arguments, exchange: str, cols: bool) -> SimLSE:
 
 def info_nce(
     x: Tensor, y: Tensor, logit_scale: float | Tensor = 1.0, logit_bias: float | Tensor | None = None,
-    labels: Tensor | None = None, *, symmetric: bool = True, decoupled: bool = False, ignore_index: int = -100,
-    local_loss: bool = True, process_group: dist.ProcessGroup | None = None, exchange: str = "gather",
+    labels: Tensor | None = None, *, symmetric: bool = True, decoupled: bool = False, label_smoothing: float = 0.0,
+    ignore_index: int = -100, local_loss: bool = True, process_group: dist.ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:  # fmt: skip
     r"""InfoNCE, and CLIP's loss where `symmetric`, over the batch of all processes.
 
@@ -516,6 +573,8 @@ def info_nce(
         Also each y of a pair among all x, and the mean of both directions.
     decoupled : bool
         Leave the positive out of the sums (DCL).
+    label_smoothing : float in [0, 1]
+        The weight that is spread evenly over all candidates of all processes.
     ignore_index : int
         Negative, or a label that does not occur.
     local_loss : bool
@@ -559,22 +618,34 @@ def info_nce(
     """
     return _info_nce(
         "info_nce", lambda: (x, y, logit_scale, logit_bias), labels, symmetric=symmetric, decoupled=decoupled,
-        ignore_index=ignore_index, local_loss=local_loss, process_group=process_group, exchange=exchange,
+        label_smoothing=label_smoothing, ignore_index=ignore_index, local_loss=local_loss,
+        process_group=process_group, exchange=exchange,
     )  # fmt: skip
 
 
 def _info_nce(
     op: str, inputs: _Inputs, labels: Tensor | None = None, *, symmetric: bool = True, decoupled: bool = False,
-    ignore_index: int = -100, local_loss: bool, process_group: dist.ProcessGroup | None, exchange: str,
+    label_smoothing: float = 0.0, ignore_index: int = -100, local_loss: bool,
+    process_group: dist.ProcessGroup | None, exchange: str,
 ) -> Tensor:  # fmt: skip
     def indices(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
+        _check_smoothing(op, label_smoothing)
         target = _targets(op, rows, columns, labels, ignore_index, device)
         return target, target if decoupled else None, rows if labels is None else int((target >= 0).sum())
 
-    given = f"symmetric={symmetric}, decoupled={decoupled}, local_loss={local_loss}"
+    given = f"symmetric={symmetric}, decoupled={decoupled}, label_smoothing={label_smoothing}, local_loss={local_loss}"
     a = _agree(op, given, inputs, process_group, exchange, indices)
     lse = _run_sim_lse(a, exchange, symmetric)
-    loss = 0.5 * (lse.nll_row.sum() + lse.nll_col.sum()) if symmetric else lse.nll_row.sum()
+    of_rows, of_cols = lse.nll_row, lse.nll_col
+    if label_smoothing > 0.0 and a.labels is not None:
+        chosen, zero = a.labels >= 0, of_rows.new_zeros(())
+        mean_row, mean_col = _MeanLogits.apply(a.x, a.y, a.scale, a.bias, _Plan(a.agreed, exchange))
+        smooth = lse.row - mean_row
+        of_rows = torch.where(chosen, (1.0 - label_smoothing) * of_rows + label_smoothing * smooth, zero)
+        if symmetric and a.agreed.own.columns:
+            smooth = (lse.col - mean_col)[a.labels.clamp(min=0)]
+            of_cols = torch.where(chosen, (1.0 - label_smoothing) * of_cols + label_smoothing * smooth, zero)
+    loss = 0.5 * (of_rows.sum() + of_cols.sum()) if symmetric else of_rows.sum()
     return _of_batch(loss, a.agreed, sum(c.pairs for c in a.agreed.calls), local_loss)
 
 
@@ -829,6 +900,8 @@ class InfoNCELoss(one_process.InfoNCELoss):
         Also the other direction, each key among all queries, and the mean of both.
     decoupled : bool
         Leave the positive out of the sums (DCL).
+    label_smoothing : float in [0, 1]
+        The weight that is spread evenly over all candidates of all processes.
     learnable_temperature, max_logit_scale
         See `tlkernels.nn.InfoNCELoss`. The gradient of the parameter is the same on all processes, so that it stays so
         also where the loss is not in DDP.
@@ -851,12 +924,12 @@ class InfoNCELoss(one_process.InfoNCELoss):
 
     def __init__(
         self, temperature: float = 0.1, *, normalize: bool = True, symmetric: bool = False, decoupled: bool = False,
-        learnable_temperature: bool = False, max_logit_scale: float = 100.0, local_loss: bool = True,
-        process_group: dist.ProcessGroup | None = None, exchange: str = "gather",
+        label_smoothing: float = 0.0, learnable_temperature: bool = False, max_logit_scale: float = 100.0,
+        local_loss: bool = True, process_group: dist.ProcessGroup | None = None, exchange: str = "gather",
     ) -> None:  # fmt: skip
         super().__init__(
-            temperature, normalize=normalize, symmetric=symmetric, learnable_temperature=learnable_temperature,
-            max_logit_scale=max_logit_scale,
+            temperature, normalize=normalize, symmetric=symmetric, label_smoothing=label_smoothing,
+            learnable_temperature=learnable_temperature, max_logit_scale=max_logit_scale,
         )  # fmt: skip
         self.decoupled = decoupled
         self.options = _options("InfoNCELoss", local_loss, process_group, exchange)
@@ -891,8 +964,12 @@ class InfoNCELoss(one_process.InfoNCELoss):
                 y = torch.cat([y, one_process._ready(negative_keys, self.normalize)])
             return x, y, self._scale(), None
 
-        return _info_nce(op, inputs, symmetric=self.symmetric, decoupled=self.decoupled, **self.options)
+        return _info_nce(
+            op, inputs, symmetric=self.symmetric, decoupled=self.decoupled, label_smoothing=self.label_smoothing,
+            **self.options,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
-        return f"{super().extra_repr()}, {_shown(self.options)}"
+        shown = f"{super().extra_repr()}, decoupled=True" if self.decoupled else super().extra_repr()
+        return f"{shown}, {_shown(self.options)}"

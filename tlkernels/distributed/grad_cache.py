@@ -19,7 +19,7 @@ Setup.* RepL4NLP 2021, arXiv:2101.06983.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,12 @@ class GradCache:
         self, encoders: Callable[..., Any] | Sequence[Callable[..., Any]], chunk_size: int | Sequence[int],
         loss: Callable[..., Tensor] | None = None, *, modules: Sequence[nn.Module] | None = None, verify: bool = True,
     ) -> None:  # fmt: skip
+        given: Any = encoders
+        if not callable(given) and not isinstance(given, Iterable):
+            got = type(given).__name__
+            raise TypeError(f"GradCache: encoders is {got}; expected a module, a function, or a sequence of them")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"GradCache: loss is {type(loss).__name__}; expected a module or a function")
         self.encoders: list[Callable[..., Any]] = [encoders] if callable(encoders) else list(encoders)
         for k, encoder in enumerate(self.encoders):
             if not callable(encoder):
@@ -99,7 +105,9 @@ class GradCache:
                 )
         if not self.encoders:
             raise ValueError("GradCache: encoders is empty; expected at least one")
-        self.chunk_sizes = [chunk_size] * len(self.encoders) if isinstance(chunk_size, int) else list(chunk_size)
+        self.chunk_sizes = (
+            list(chunk_size) if isinstance(chunk_size, Iterable) else [chunk_size] * len(self.encoders)
+        )  # fmt: skip
         if len(self.chunk_sizes) != len(self.encoders):
             raise ValueError(
                 f"GradCache: chunk_size has {len(self.chunk_sizes)} entries for {len(self.encoders)} encoders; "
@@ -108,6 +116,8 @@ class GradCache:
         for size in self.chunk_sizes:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"GradCache: chunk_size is {size}; expected an integer >= 1")
+        if modules is not None and not isinstance(modules, Iterable):
+            raise TypeError(f"GradCache: modules is {type(modules).__name__}; expected a sequence of modules")
         self.loss, self.verify = loss, verify
         #: for each encoder, the modules behind it
         self._behind: list[list[nn.Module]] = [

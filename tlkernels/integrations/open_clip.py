@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from tlkernels import ops
 from tlkernels.nn.contrastive import CLIPLoss, SigLIPLoss, _check_paired, _dots, _ready
-from tlkernels.ops._common import no_autocast
+from tlkernels.ops._common import check_device, no_autocast
 from tlkernels.ops.contrastive import _acc, _as_scalar, _scalar
 
 __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss", "create_loss"]
@@ -67,6 +67,11 @@ class _ScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad * ctx.factor, None
+
+
+def _scaled_gradient(features: Any, factor: float) -> Any:
+    """What is no tensor is for the loss to refuse, which tells the other processes: raised here, they would wait."""
+    return _ScaledGradient.apply(features, factor) if isinstance(features, Tensor) else features
 
 
 class ClipLoss(nn.Module):
@@ -141,11 +146,13 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None, output_dict: bool = False,
     ) -> Any:  # fmt: skip
         """Compute the loss of this process's features; arguments and result are those of `tlkernels.nn.CLIPLoss`."""
-        _check_paired(type(self).__name__, image_features=image_features, text_features=text_features)
-        x, y = _ready(image_features, False), _ready(text_features, False)
-        if self.world_size > 1 and not self.local_loss and not self.gather_with_grad:
-            x, y = (_ScaledGradient.apply(t, 1.0 / self.world_size) for t in (x, y))
-        return self.loss(x, y, logit_scale, logit_bias, output_dict=output_dict)
+        if self.world_size == 1:
+            _check_paired(type(self).__name__, image_features=image_features, text_features=text_features)
+        elif not self.local_loss and not self.gather_with_grad:
+            image_features, text_features = (
+                _scaled_gradient(t, 1.0 / self.world_size) for t in (image_features, text_features)
+            )
+        return self.loss(image_features, text_features, logit_scale, logit_bias, output_dict=output_dict)
 
 
 class SigLipLoss(nn.Module):
@@ -194,9 +201,9 @@ class SigLipLoss(nn.Module):
         logit_bias: float | Tensor | None = None, output_dict: bool = False,
     ) -> Any:  # fmt: skip
         """Compute the loss of this process's features; arguments and result are those of `tlkernels.nn.SigLIPLoss`."""
-        _check_paired("SigLipLoss", image_features=image_features, text_features=text_features)
-        x, y = _ready(image_features, False), _ready(text_features, False)
-        return self.loss(x, y, logit_scale, 0.0 if logit_bias is None else logit_bias, output_dict=output_dict)
+        if self.world_size == 1:
+            _check_paired("SigLipLoss", image_features=image_features, text_features=text_features)
+        return self.loss(image_features, text_features, logit_scale, logit_bias, output_dict=output_dict)
 
 
 class CoCaLoss(ClipLoss):
@@ -352,6 +359,7 @@ class DistillClipLoss(nn.Module):
         op = "DistillClipLoss"
         _check_paired(op, image_features=image_features, text_features=text_features)
         _check_paired(op, dist_image_features=dist_image_features, dist_text_features=dist_text_features)
+        check_device(op, image_features.device, dist_image_features=dist_image_features)
         if dist_image_features.shape[0] != image_features.shape[0]:
             raise ValueError(
                 f"{op}: dist_image_features has {dist_image_features.shape[0]} rows; expected "

@@ -21,8 +21,16 @@ from torch import Tensor, nn
 
 from tlkernels import ops
 from tlkernels.nn.nf4 import _autocast_dtype
-from tlkernels.ops._common import check_float, name_of, no_autocast
-from tlkernels.ops.contrastive import _acc, _check_reduction, _reduce
+from tlkernels.ops._common import check_device, check_float, name_of, no_autocast
+from tlkernels.ops.contrastive import (
+    _acc,
+    _check_given,
+    _check_reduction,
+    _check_smoothing,
+    _check_tensors,
+    _readable,
+    _reduce,
+)
 
 __all__ = ["CLIPLoss", "InfoNCELoss", "NTXentLoss", "SigLIPLoss", "SupConLoss"]
 
@@ -31,9 +39,11 @@ __all__ = ["CLIPLoss", "InfoNCELoss", "NTXentLoss", "SigLIPLoss", "SupConLoss"]
 
 
 def _check_matrices(op: str, **features: Tensor) -> None:
-    """Floating-point matrices of one dtype and row length, like the first; autocast makes the dtypes one."""
+    """Floating-point matrices of one dtype, row length and device, like the first; autocast makes the dtypes one."""
+    _check_tensors(op, **features)
     check_float(op, **features)
     first_name, first = next(iter(features.items()))
+    check_device(op, first.device, **features)
     for name, t in features.items():
         if t.dim() != 2 or t.shape[1] != first.shape[-1]:
             width = "D" if t is first else str(first.shape[-1])
@@ -344,8 +354,7 @@ class InfoNCELoss(nn.Module):
         _check_reduction(op, reduction)
         if negative_mode not in ("unpaired", "paired"):
             raise ValueError(f"{op}: negative_mode is {negative_mode!r}; expected 'unpaired' or 'paired'")
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"{op}: label_smoothing is {label_smoothing}; expected 0 <= label_smoothing <= 1")
+        _check_smoothing(op, label_smoothing)
         if symmetric and in_batch is False:
             raise ValueError(f"{op}: in_batch is False with symmetric; expected True or None, keys are anchors too")
         if negative_mode == "paired" and (in_batch or symmetric):
@@ -406,7 +415,7 @@ class InfoNCELoss(nn.Module):
             if self.in_batch is False:
                 raise ValueError(f"{op}: in_batch is False without negative_keys; expected one of them")
         elif paired:
-            check_float(op, negative_keys=negative_keys)
+            _check_tensors(op, negative_keys=negative_keys)
             rows, width = query.shape
             if negative_keys.dim() != 3 or negative_keys.shape[0] != rows or negative_keys.shape[2] != width:
                 raise ValueError(
@@ -449,7 +458,7 @@ class InfoNCELoss(nn.Module):
         if self.label_smoothing > 0.0:
             # the mean logit is that of the mean negative: no matrix
             total = target + scale * _dots(x, negatives.sum(0, dtype=_acc(x.dtype)))
-            smooth = torch.logaddexp(lse, target) - total / (1 + negatives.shape[0])
+            smooth = ops.lse_merge(lse, target) - total / (1 + negatives.shape[0])
             loss = (1.0 - self.label_smoothing) * loss + self.label_smoothing * smooth
         return loss
 
@@ -491,6 +500,7 @@ class _Anchors:
         for name, classes, count in (("labels", labels, rows), ("ref_labels", self.ref_labels, columns)):
             if classes is None:
                 continue
+            _check_tensors(op, **{name: classes})
             if classes.is_floating_point() or classes.is_complex() or tuple(classes.shape) != (count,):
                 which = "labels, which are those of ref_emb too," if classes is labels and name != "labels" else name
                 raise ValueError(
@@ -503,6 +513,11 @@ class _Anchors:
         assert self.labels is not None and self.ref_labels is not None
         return self.labels.to(self.x.device), self.ref_labels.to(self.x.device)
 
+    def pairs(self, op: str, indices_tuple: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a miner found, checked."""
+        columns = (self.x if self.y is None else self.y).shape[0]
+        return _pairs(op, indices_tuple, self.x.shape[0], columns, self.x.device)
+
     def logits(self, temperature: float) -> Tensor:
         """[N, M], stored."""
         with no_autocast(self.x.device):
@@ -510,18 +525,35 @@ class _Anchors:
             return x @ y.T / temperature
 
 
-def _pairs(op: str, indices_tuple: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(anchors, positives, anchors, negatives) of a miner's triplets or pairs."""
+def _pairs(
+    op: str, indices_tuple: Sequence[Tensor], rows: int, columns: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(anchors, positives, anchors, negatives) of a miner's triplets or pairs, as int64."""
+    if not isinstance(indices_tuple, (tuple, list)):
+        raise TypeError(f"{op}: indices_tuple is {type(indices_tuple).__name__}; expected a tuple of 3 or 4 tensors")
     if len(indices_tuple) not in (3, 4):
         raise ValueError(
             f"{op}: indices_tuple has {len(indices_tuple)} tensors; expected 3 (triplets: anchors, positives, "
             "negatives) or 4 (pairs: anchors, positives, anchors, negatives)"
         )
-    if len(indices_tuple) == 3:
-        anchors, positives, negatives = indices_tuple
-        return anchors, positives, anchors, negatives
-    anchors, positives, others, negatives = indices_tuple
-    return anchors, positives, others, negatives
+    below = (rows, columns, columns) if len(indices_tuple) == 3 else (rows, columns, rows, columns)
+    found = []
+    for k, (index, bound) in enumerate(zip(indices_tuple, below, strict=True)):
+        name = f"indices_tuple[{k}]"
+        _check_given(op, device, **{name: index})
+        like = 0 if len(indices_tuple) == 3 else k // 2 * 2  # the anchors of the same triplets or pairs
+        integer = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+        if not integer or index.dim() != 1 or index.shape[0] != indices_tuple[like].shape[0]:
+            got = f"dtype {name_of(index.dtype)} and shape {tuple(index.shape)}"
+            count = "K" if k == like else str(indices_tuple[like].shape[0])
+            raise ValueError(f"{op}: {name} has {got}; expected int64 ({count},)")
+        index = index.to(torch.int64)
+        if _readable(index) and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < bound:
+            wrong = index[(index < 0) | (index >= bound)]
+            raise IndexError(f"{op}: {name} has an entry {int(wrong[0])}; expected 0 <= index < {bound}")
+        found.append(index)
+    anchors, positives, *_, negatives = found
+    return anchors, positives, anchors if len(found) == 3 else found[2], negatives
 
 
 def _need_labels(op: str, labels: Tensor | None, indices_tuple: Sequence[Tensor] | None) -> None:
@@ -560,7 +592,8 @@ class SupConLoss(nn.Module):
     Differences from the model: memory is O(N) instead of O(N\ :sup:`2`), but for a call with `indices_tuple`, which
     stores the matrix as the miner did. The loss is float32 whatever the dtype of the embeddings (float64 for float64),
     and 16-bit vectors are normalized in float32. Losses of about one rounding may fall on the other side of 0, which
-    changes what the mean is over. One positive and one negative pair in all, which the model takes for none, have
+    changes what the mean is over. A NaN among the embeddings makes the mean NaN, where the model leaves it out, and
+    has a loss of 0 without a gradient. One positive and one negative pair in all, which the model takes for none, have
     their loss. There are no ``distance``, ``reducer`` and ``embedding_regularizer``. It cannot be differentiated twice,
     but for `indices_tuple`.
 
@@ -616,7 +649,7 @@ class SupConLoss(nn.Module):
         _need_labels(op, labels, indices_tuple)
         given = _Anchors(op, embeddings, labels, ref_emb, ref_labels, self.normalize)
         if indices_tuple is not None:
-            loss = self._of_pairs(given, _pairs(op, indices_tuple))
+            loss = self._of_pairs(given, given.pairs(op, indices_tuple))
         else:
             mine, theirs = given.classes()
             if given.y is None:
@@ -630,7 +663,7 @@ class SupConLoss(nn.Module):
             loss = torch.where((both != both[:1]).any(), loss, torch.zeros_like(loss))
         if self.reduction != "mean":
             return _reduce(loss, self.reduction, 1)
-        above = loss > 0
+        above = ~(loss <= 0)  # of NaN too, which must not pass for nothing to learn
         return _reduce(torch.where(above, loss, torch.zeros_like(loss)), "mean", above.sum())
 
     def _of_pairs(self, given: _Anchors, pairs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
@@ -717,7 +750,7 @@ class NTXentLoss(nn.Module):
         super().__init__()
         op = "NTXentLoss"
         self.temperature = None if temperature is None else _check_temperature(op, temperature)
-        if memory_bank_size != 0 and (isinstance(memory_bank_size, int) or memory_bank_size[0] != 0):
+        if memory_bank_size != 0 and (isinstance(memory_bank_size, int) or list(memory_bank_size)[:1] != [0]):
             raise ValueError(
                 f"{op}: memory_bank_size is {memory_bank_size}; expected 0: use InfoNCELoss, and give the rows of a "
                 "queue as negative_keys"
@@ -759,6 +792,8 @@ class NTXentLoss(nn.Module):
         """
         op = "NTXentLoss"
         _need_labels(op, labels, indices_tuple)
+        if labels is not None:
+            _check_tensors(op, labels=labels)
         if labels is not None and labels.is_floating_point() and labels.dim() == 2:
             for name, t in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb), ("ref_labels", ref_labels)):
                 if t is not None:
@@ -770,7 +805,7 @@ class NTXentLoss(nn.Module):
         temperature = 0.07 if self.temperature is None else self.temperature
         given = _Anchors(op, embeddings, labels, ref_emb, ref_labels, self.normalize)
         if indices_tuple is not None:
-            loss, count = _nt_xent_of_pairs(given, _pairs(op, indices_tuple), temperature)
+            loss, count = _nt_xent_of_pairs(given, given.pairs(op, indices_tuple), temperature)
         else:
             loss, count = _nt_xent_of_classes(given, temperature)
         return _reduce(loss, self.reduction, count)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
-from torch.nn import functional
 
-from tlkernels.ops._common import check_float, name_of
+from tlkernels import ops
+from tlkernels.methods._common import check_float
+from tlkernels.ops._common import name_of
 
-__all__ = ["accumulator", "check_pairs", "check_reduction", "check_weights", "normalized", "reduced"]
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums over features of `dtype` are kept in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def normalized(x: Tensor) -> Tensor:
-    """`x` with rows of length 1, of its dtype; the length is taken in float32 at least."""
-    return functional.normalize(x.to(accumulator(x.dtype)), dim=-1).to(x.dtype)
+__all__ = ["check_pairs", "mean_info_nce"]
 
 
 def check_pairs(op: str, dim: int = 2, **features: Tensor) -> tuple[int, int]:
@@ -37,21 +29,10 @@ def check_pairs(op: str, dim: int = 2, **features: Tensor) -> tuple[int, int]:
     return first.shape[0], first.shape[-1]
 
 
-def check_reduction(op: str, reduction: str) -> None:
-    """Raise if `reduction` is none of the three."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
-
-
-def check_weights(op: str, **weights: float) -> None:
-    """Raise if a weight is negative or no number."""
-    for name, value in weights.items():
-        if not value >= 0:
-            raise ValueError(f"{op}: {name} is {value}; expected >= 0")
-
-
-def reduced(loss: Tensor, reduction: str) -> Tensor:
-    """The losses ``[N]``, their sum, or their mean, which of none is 0."""
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / max(loss.shape[0], 1)
+def mean_info_nce(op: str, x: Tensor, y: Tensor, logit_scale: float | Tensor, options: dict[str, Any]) -> Tensor:
+    """`ops.info_nce` with a caller's options, 0-d: a loss for each row would broadcast with the terms added to it."""
+    for name, value in (("reduction", "none"), ("return_lse", True)):
+        if options.get(name) == value:
+            raise ValueError(f"{op}: {name} is {value!r}; expected a loss that is one number")
+    loss: Tensor = ops.info_nce(x, y, logit_scale, **options)
+    return loss

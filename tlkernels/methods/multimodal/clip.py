@@ -36,7 +36,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from tlkernels import ops
-from tlkernels.methods.multimodal._checks import accumulator, normalized
+from tlkernels.methods._common import accumulator, normalized
+from tlkernels.ops._common import no_autocast
 
 __all__ = ["LockedTower", "TwoTower", "TwoTowerOutput", "linear_projection"]
 
@@ -305,11 +306,12 @@ class TwoTower(nn.Module):
         return TwoTowerOutput(self.encode_image(image), self.encode_text(text), self.scale(), self.logit_bias)
 
     def logits(self, output: TwoTowerOutput) -> Tensor:
-        """The logits ``[N, M]`` of every pair, for predictions; losses do not need them."""
+        """The logits ``[N, M]`` of every pair, float32 or float64, for predictions; losses do not need them."""
         x, y, scale, bias = output
         acc = accumulator(torch.promote_types(x.dtype, y.dtype))
-        z = scale * (x.to(acc) @ y.to(acc).T)
-        return z if bias is None else z + bias
+        with no_autocast(x.device):
+            z = scale * (x.to(acc) @ y.to(acc).T)
+            return z if bias is None else z + bias
 
     def loss(
         self, output: TwoTowerOutput, *, labels: Tensor | None = None, image_negatives: Tensor | None = None,
@@ -324,7 +326,8 @@ class TwoTower(nn.Module):
         labels : integer Tensor [N], optional
             The text of each image, if not the one of the same number; -100 for none.
         image_negatives, text_negatives : Tensor [K, D], optional
-            More embeddings that belong to no pair, e.g. `PairQueue.negatives`; for the softmax loss.
+            More embeddings that belong to no pair, e.g. `PairQueue.negatives`, of any floating dtype; for the softmax
+            loss.
         reduction : "mean", "sum" or "none"
 
         Returns
@@ -341,6 +344,10 @@ class TwoTower(nn.Module):
         common = torch.promote_types(x.dtype, y.dtype)  # under autocast, towers may end in different dtypes
         x, y = x.to(common), y.to(common)
         if self.objective == "softmax":
+            # a queue keeps its dtype where autocast gives the towers another one
+            image_negatives, text_negatives = (
+                more.to(common) if isinstance(more, Tensor) else more for more in (image_negatives, text_negatives)
+            )
             return ops.info_nce(
                 x, y, scale, bias, labels, x_negatives=image_negatives, y_negatives=text_negatives,
                 decoupled=self.decoupled, label_smoothing=self.label_smoothing, reduction=reduction,

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tlkernels.ops._common import check_device, check_float, no_autocast
+from tlkernels.methods._common import check_float
+from tlkernels.ops._common import check_device, no_autocast
 
 __all__ = ["CCA", "DCCALoss", "canonical_correlation", "cca"]
 
@@ -84,6 +85,7 @@ class CCA:
     @staticmethod
     def _project(name: str, view: View, mean: Tensor, weights: Tensor) -> Tensor:
         t = torch.from_numpy(view) if isinstance(view, np.ndarray) else view
+        check_float("CCA", **{name: t})
         if t.dim() != 2 or t.shape[1] != mean.shape[0]:
             raise ValueError(f"CCA: {name} has shape {tuple(t.shape)}; expected (samples, {mean.shape[0]})")
         return (t.to(mean) - mean) @ weights

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from tlkernels.ops._common import check_float
+from tlkernels.methods._common import check_float, check_tensor, wide
 
 __all__ = ["ContrastiveDecoder", "contrastive_logits", "diffusion_noise", "plausible_tokens"]
 
@@ -56,8 +56,8 @@ def plausible_tokens(logits: Tensor, beta: float = 0.1) -> Tensor:
     possible = logits > -torch.inf
     if beta == 0.0:
         return possible
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return possible & (wide >= wide.amax(-1, keepdim=True) + math.log(beta))
+    logits = wide(logits)
+    return possible & (logits >= logits.amax(-1, keepdim=True) + math.log(beta))
 
 
 def contrastive_logits(logits: Tensor, distorted_logits: Tensor, *, alpha: float = 1.0, beta: float = 0.1) -> Tensor:
@@ -153,9 +153,9 @@ def diffusion_noise(
         raise ValueError(f"{op}: step is {step} of num_steps {num_steps}; expected 0 <= step < num_steps")
     b = torch.sigmoid(torch.linspace(-6, 6, num_steps, dtype=torch.float64)) * (0.5e-2 - 1e-5) + 1e-5
     kept = float((1.0 - b[: step + 1]).prod())
-    wide = torch.promote_types(images.dtype, torch.float32)
-    noise = torch.empty_like(images, dtype=wide).normal_(generator=generator)
-    return (math.sqrt(kept) * images.to(wide) + math.sqrt(1.0 - kept) * noise).to(images.dtype)
+    clean = wide(images)
+    noise = torch.empty_like(clean).normal_(generator=generator)
+    return (math.sqrt(kept) * clean + math.sqrt(1.0 - kept) * noise).to(images.dtype)
 
 
 class ContrastiveDecoder(Generic[State]):
@@ -241,11 +241,18 @@ class ContrastiveDecoder(Generic[State]):
             If `tokens` is no matrix of integers, or the logits do not fit. An error leaves the states as they were,
             as far as `step` does not change them in place.
         """
+        check_tensor("ContrastiveDecoder", tokens=tokens)
         if tokens.dim() != 2 or tokens.shape[1] < 1 or tokens.is_floating_point():
             got = f"dtype {tokens.dtype} and shape {tuple(tokens.shape)}"
             raise ValueError(f"ContrastiveDecoder: tokens has {got}; expected int64 (batch, 1 or more)")
         logits, state = self.step(tokens, self._states[0])
         distorted_logits, distorted_state = self.step(tokens, self._states[1])
+        check_tensor("ContrastiveDecoder", logits=logits)
+        if logits.dim() != 2 or logits.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                f"ContrastiveDecoder: step returns logits of shape {tuple(logits.shape)}; expected "
+                f"({tokens.shape[0]}, vocabulary), of the next token alone"
+            )
         contrasted = contrastive_logits(logits, distorted_logits, alpha=self.alpha, beta=self.beta)
         if self.greedy:
             chosen = contrasted.argmax(-1)

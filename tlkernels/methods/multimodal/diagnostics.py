@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tlkernels import ops
-from tlkernels.methods.multimodal._checks import accumulator, check_pairs, normalized
-from tlkernels.ops._common import check_float
+from tlkernels.methods._common import check_float, check_tensor, normalized, wide
+from tlkernels.methods.multimodal._checks import check_pairs
 
 __all__ = [
     "ModalityGap",
@@ -43,8 +43,7 @@ def _wide(op: str, name: str, x: Tensor, normalize: bool, least: int = 1) -> Ten
         raise ValueError(
             f"{op}: {name} has shape {tuple(x.shape)}; expected (rows, features) with {least} rows or more"
         )
-    x = x.to(accumulator(x.dtype))
-    return normalized(x) if normalize else x
+    return normalized(wide(x)) if normalize else wide(x)
 
 
 def modality_gap(x: Tensor, y: Tensor, *, normalize: bool = True) -> ModalityGap:
@@ -122,7 +121,8 @@ def shift_modality_gap(x: Tensor, y: Tensor, shift: float, *, gap: Tensor | None
     x, y = _wide(op, "x", x, True), _wide(op, "y", y, True)
     if gap is None:
         gap = modality_gap(x, y, normalize=False).vector
-    elif tuple(gap.shape) != (x.shape[1],):
+    check_tensor(op, gap=gap)
+    if tuple(gap.shape) != (x.shape[1],):
         raise ValueError(f"{op}: gap has shape {tuple(gap.shape)}; expected ({x.shape[1]},)")
     return normalized(x - shift * gap), normalized(y + shift * gap)
 

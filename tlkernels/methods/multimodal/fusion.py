@@ -638,7 +638,8 @@ class CoAttentionBlock(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         inner = x_features if attention_features is None else attention_features
-        x_hidden, y_hidden = x_hidden_features or 4 * x_features, y_hidden_features or 4 * y_features
+        x_hidden = 4 * x_features if x_hidden_features is None else x_hidden_features
+        y_hidden = 4 * y_features if y_hidden_features is None else y_hidden_features
         _check_positive("CoAttentionBlock", x_hidden_features=x_hidden, y_hidden_features=y_hidden)
         self.x_stream = _CrossAttentionStream(x_features, y_features, inner, num_heads, x_hidden, dropout, eps)
         self.y_stream = _CrossAttentionStream(y_features, x_features, inner, num_heads, y_hidden, dropout, eps)
@@ -1017,7 +1018,7 @@ def insert_image_features(
     if image_features.shape[-1] != inputs_embeds.shape[2]:
         got, want = tuple(image_features.shape), inputs_embeds.shape[2]
         raise ValueError(f"{op}: image_features has shape {got}; expected (..., {want})")
-    flat, places = image_features.flatten(0, -2), input_ids == image_token_id
+    flat, places = image_features.reshape(-1, inputs_embeds.shape[2]), input_ids == image_token_id
     if int(places.sum()) != flat.shape[0]:
         raise ValueError(
             f"{op}: input_ids has the image token {int(places.sum())} times; "

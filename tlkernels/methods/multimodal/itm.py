@@ -22,8 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tlkernels.methods.multimodal._checks import accumulator, check_reduction
-from tlkernels.ops._common import check_float, name_of, no_autocast
+from tlkernels.methods._common import (
+    accumulator,
+    check_float,
+    check_reduction,
+    check_scalar,
+    check_tensor,
+    reduced,
+    wide,
+)
+from tlkernels.ops._common import name_of, no_autocast
 
 __all__ = ["HardNegatives", "ImageTextMatchingHead", "hard_negatives", "itm_loss"]
 
@@ -74,14 +82,15 @@ def hard_negatives(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as stated, or a pair has nothing to be drawn.
+        If an argument is not as stated, a similarity is NaN, or a pair has nothing to be drawn.
 
     References
     ----------
     Li et al., ALBEF, NeurIPS 2021, arXiv:2107.07651, section 3.2.
     """
     op = "hard_negatives"
-    check_float(op, x=x)
+    check_float(op, x=x, y=y)
+    check_scalar(op, logit_scale=logit_scale)
     if x.dim() not in (2, 3) or (x.dim() == 3 and not x.shape[1]):
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (N, D) or (N, Q, D)")
     if y.dtype != x.dtype:
@@ -89,6 +98,8 @@ def hard_negatives(
     number = x.shape[0]
     if y.shape != (number, x.shape[-1]):
         raise ValueError(f"{op}: y has shape {tuple(y.shape)}; expected {(number, x.shape[-1])}, like x")
+    if groups is not None:
+        check_tensor(op, groups=groups)
     if groups is not None and (groups.is_floating_point() or groups.shape != (number,)):
         raise ValueError(
             f"{op}: groups has dtype {name_of(groups.dtype)} and shape {tuple(groups.shape)}; expected int64 "
@@ -98,16 +109,17 @@ def hard_negatives(
         raise ValueError(f"{op}: block_size is {block_size}; expected >= 1")
     group = torch.arange(number, device=x.device) if groups is None else groups
     acc = accumulator(x.dtype)
+    scale = logit_scale.reshape(()) if isinstance(logit_scale, Tensor) else logit_scale
     best = torch.full((number,), -torch.inf, dtype=acc, device=x.device)
     images = torch.zeros(number, dtype=torch.int64, device=x.device)
     texts, tops = [images[:0]], [best[:0]]
     step = max(1, block_size // max(1, number * (x.shape[1] if x.dim() == 3 else 1)))
     with no_autocast(x.device):
-        wide = y.to(acc)
+        candidates = wide(y)
         for start in range(0, number, step):
-            rows = x[start : start + step].to(acc)
-            z = rows.flatten(0, -2) @ wide.T
-            z = (z.view(*rows.shape[:-1], number).amax(1) if x.dim() == 3 else z) * logit_scale
+            rows = wide(x[start : start + step])
+            z = rows.flatten(0, -2) @ candidates.T
+            z = (z.view(*rows.shape[:-1], number).amax(1) if x.dim() == 3 else z) * scale
             z = z.masked_fill(group[start : start + step, None] == group, -torch.inf)
             # one draw for both directions, row by row: then the numbers do not depend on the blocks
             noise = torch.empty(z.shape[0], 2, number, dtype=acc, device=x.device).exponential_(generator=generator)
@@ -119,7 +131,11 @@ def hard_negatives(
             better = top > best
             best, images = torch.where(better, top, best), torch.where(better, index + start, images)
     # as a mask of groups is symmetric, an image has something to be drawn where its text has
-    nothing = torch.cat(tops) == -torch.inf
+    best_text = torch.cat(tops)
+    if bool(best_text.isnan().any()):  # it is above nothing: the draw would fall on the pair itself
+        row = int(best_text.isnan().nonzero()[0])
+        raise ValueError(f"{op}: pair {row} has a similarity that is NaN; expected numbers")
+    nothing = best_text == -torch.inf
     if bool(nothing.any()):
         row = int(nothing.nonzero()[0])
         raise ValueError(f"{op}: pair {row} has no negative among {number} pairs; expected one of another group")
@@ -142,7 +158,7 @@ def itm_loss(logits: Tensor, matched: Tensor, *, reduction: str = "mean") -> Ten
     Returns
     -------
     Tensor
-        0-d, or [B] with "none"; float32 (float64 for float64).
+        0-d, or [B] with "none"; float32 (float64 for float64). Of no pairs it is 0.
 
     Raises
     ------
@@ -155,6 +171,7 @@ def itm_loss(logits: Tensor, matched: Tensor, *, reduction: str = "mean") -> Ten
     """
     op = "itm_loss"
     check_float(op, logits=logits)
+    check_tensor(op, matched=matched)
     check_reduction(op, reduction)
     if logits.dim() != 2 or logits.shape[1] != 2:
         raise ValueError(f"{op}: logits has shape {tuple(logits.shape)}; expected (B, 2)")
@@ -163,7 +180,7 @@ def itm_loss(logits: Tensor, matched: Tensor, *, reduction: str = "mean") -> Ten
             f"{op}: matched has dtype {name_of(matched.dtype)} and shape {tuple(matched.shape)}; expected bool "
             f"({logits.shape[0]},)"
         )
-    return functional.cross_entropy(logits.to(accumulator(logits.dtype)), matched.long(), reduction=reduction)
+    return reduced(functional.cross_entropy(wide(logits), matched.long(), reduction="none"), reduction)
 
 
 class ImageTextMatchingHead(nn.Module):

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tlkernels.methods.multimodal._checks import accumulator, normalized
+from tlkernels.methods._common import check_tensor, normalized, wide
 from tlkernels.methods.multimodal.itm import ImageTextMatchingHead, hard_negatives, itm_loss
 from tlkernels.methods.multimodal.tokenwise import token_similarities
 from tlkernels.ops._common import name_of
@@ -343,6 +343,7 @@ class QFormer(nn.Module):
             if mask is not None:
                 raise ValueError("QFormer: image_mask is given without image; expected None")
             return None
+        check_tensor("QFormer", image=image)
         if not image.is_floating_point():
             raise TypeError(f"QFormer: image has dtype {name_of(image.dtype)}; expected floating point")
         if image.dim() != 3 or image.shape[2] != self.image_size or not image.shape[1]:
@@ -354,6 +355,7 @@ class QFormer(nn.Module):
     def _check_text(self, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
         if self.words is None or self.positions is None:
             raise ValueError("QFormer: input_ids is given, and vocab_size was None; expected a model with text")
+        check_tensor("QFormer", input_ids=input_ids)
         if input_ids.dtype != torch.int64 or input_ids.dim() != 2 or not input_ids.shape[1]:
             raise ValueError(
                 f"QFormer: input_ids has dtype {name_of(input_ids.dtype)} and shape {tuple(input_ids.shape)}; expected "
@@ -446,6 +448,7 @@ def _of_keys(seen: Tensor | None) -> Tensor | None:
 
 
 def _check_mask(name: str, mask: Tensor, shape: torch.Size) -> Tensor:
+    check_tensor("QFormer", **{name: mask})
     if mask.is_floating_point() or mask.shape != shape:
         raise ValueError(
             f"QFormer: {name} has dtype {name_of(mask.dtype)} and shape {tuple(mask.shape)}; expected bool "
@@ -634,6 +637,5 @@ class QFormerPretraining(nn.Module):
             states, labels = states[wanted], labels[wanted]
         logits = self.language_head(states.flatten(0, -2), self.qformer.words.weight)
         labels = labels.flatten()
-        logits = logits.to(accumulator(logits.dtype))
-        total = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
+        total = functional.cross_entropy(wide(logits), labels, label_smoothing=self.label_smoothing, reduction="sum")
         return total / max(labels.shape[0], 1)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tlkernels.methods._common import check_float, wide
 from tlkernels.methods.multimodal._checks import check_pairs
 from tlkernels.methods.pretrain.queue import FeatureQueue
-from tlkernels.ops._common import check_float, name_of
+from tlkernels.ops._common import name_of, no_autocast
 
 __all__ = ["PairQueue", "nearest_neighbors"]
 
@@ -110,7 +111,7 @@ def nearest_neighbors(queries: Tensor, candidates: Tensor) -> Tensor:
     Returns
     -------
     Tensor [N, D]
-        Rows of `candidates`, a copy without graph. The products are made in blocks.
+        Rows of `candidates`, a copy without graph. The products are made in blocks, in float32 (float64 for float64).
 
     Raises
     ------
@@ -122,7 +123,7 @@ def nearest_neighbors(queries: Tensor, candidates: Tensor) -> Tensor:
     Dwibedi et al., NNCLR, ICCV 2021, arXiv:2104.14548.
     """
     op = "nearest_neighbors"
-    check_float(op, queries=queries)
+    check_float(op, queries=queries, candidates=candidates)
     if candidates.dtype != queries.dtype:
         raise TypeError(
             f"{op}: candidates has dtype {name_of(candidates.dtype)}; expected {name_of(queries.dtype)}, like queries"
@@ -134,5 +135,7 @@ def nearest_neighbors(queries: Tensor, candidates: Tensor) -> Tensor:
             f"{op}: candidates has shape {tuple(candidates.shape)}; expected (K, {queries.shape[1]}) with K >= 1"
         )
     step = max(1, _BLOCK // candidates.shape[0])
-    index = [(block @ candidates.T).argmax(1) for block in queries.split(step)]
+    with no_autocast(queries.device):
+        keys = wide(candidates).T  # products of 16 bits would make ties of near neighbours, or infinities
+        index = [(wide(block) @ keys).argmax(1) for block in queries.split(step)]
     return candidates[torch.cat(index)]

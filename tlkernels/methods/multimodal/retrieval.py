@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlkernels.methods.multimodal._checks import accumulator, normalized
-from tlkernels.ops._common import check_device, check_float, name_of, no_autocast
+from tlkernels.methods._common import accumulator, check_float, normalized, wide
+from tlkernels.ops._common import check_device, name_of, no_autocast
 
 __all__ = ["CrossModalRetrieval", "RetrievalMetrics", "cross_modal_retrieval", "retrieval_metrics"]
 
@@ -438,8 +438,7 @@ class _Blocks:
         self.plan, self.size = plan, size
 
     def _part(self, features: Tensor, number: int) -> Tensor:
-        part = features[number * self.size : (number + 1) * self.size]
-        part = part.to(accumulator(part.dtype))
+        part = wide(features[number * self.size : (number + 1) * self.size])
         return normalized(part) if self.plan.cosine else part
 
     def __call__(self, i: int, j: int) -> Tensor:

@@ -19,8 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlkernels.methods.multimodal._checks import accumulator, check_pairs, check_reduction, reduced
-from tlkernels.ops._common import check_float, name_of, no_autocast
+from tlkernels.methods._common import (
+    accumulator,
+    check_float,
+    check_reduction,
+    check_scalar,
+    check_tensor,
+    reduced,
+)
+from tlkernels.methods.multimodal._checks import check_pairs
+from tlkernels.ops._common import name_of, no_autocast
 
 __all__ = ["TokenSimilarities", "filip_loss", "token_similarities"]
 
@@ -165,6 +173,7 @@ def token_similarities(
     for name, mask, tokens in (("x_mask", x_mask, x), ("y_mask", y_mask, y)):
         if mask is None:
             continue
+        check_tensor(op, **{name: mask})
         if mask.dtype != torch.bool or mask.shape != tokens.shape[:2]:
             raise ValueError(
                 f"{op}: {name} has dtype {name_of(mask.dtype)} and shape {tuple(mask.shape)}; expected bool "
@@ -217,11 +226,13 @@ def filip_loss(
     """
     op = "filip_loss"
     check_reduction(op, reduction)
+    check_scalar(op, logit_scale=logit_scale)
     number, _ = check_pairs(op, 3, x=x, y=y)
     xy, yx = token_similarities(x, y, x_mask, y_mask, block_size=block_size)
     itself = torch.arange(number, device=x.device)
+    scale = logit_scale.reshape(()) if isinstance(logit_scale, Tensor) else logit_scale
     losses = [
-        functional.cross_entropy(logit_scale * s, itself, label_smoothing=label_smoothing, reduction="none")
+        functional.cross_entropy(scale * s, itself, label_smoothing=label_smoothing, reduction="none")
         for s in (xy, yx.T)
     ]
     return reduced(0.5 * (losses[0] + losses[1]), reduction)

@@ -17,18 +17,19 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tlkernels import ops
+from tlkernels.methods._common import accumulator, check_float, check_scalar, check_tensor, normalized, wide
 from tlkernels.methods.finetune.merging import State, wise_ft
-from tlkernels.methods.multimodal._checks import accumulator, check_pairs, normalized
+from tlkernels.methods.multimodal._checks import check_pairs
 from tlkernels.methods.peft.apply import Applied, apply
 from tlkernels.methods.peft.lora import LoRAConfig
-from tlkernels.ops._common import check_float, name_of
+from tlkernels.ops._common import name_of, no_autocast
 
 __all__ = [
     "CoCoOp",
@@ -49,6 +50,7 @@ TextEncoder: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def _check_labels(op: str, name: str, labels: Tensor, rows: int, classes: int | None = None) -> None:
+    check_tensor(op, **{name: labels})
     if labels.dtype != torch.int64 or tuple(labels.shape) != (rows,):
         got = f"dtype {name_of(labels.dtype)} and shape {tuple(labels.shape)}"
         raise ValueError(f"{op}: {name} has {got}; expected int64 ({rows},)")
@@ -138,6 +140,8 @@ def fit_linear_probe(
     if validation is not None:
         _check_matrix(op, "validation[0]", validation[0], width)
         _check_labels(op, "validation[1]", validation[1], validation[0].shape[0])
+        if not validation[0].shape[0]:
+            raise ValueError(f"{op}: validation has no rows; expected at least one")
     x = features.detach().to(torch.float64)
     weight = torch.zeros(classes, width, dtype=torch.float64, device=x.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, device=x.device, requires_grad=True)
@@ -224,8 +228,8 @@ class TipAdapter(nn.Module):
         ``[N, D]``.
     class_features : Tensor
         ``[C, D]``, rows of length 1.
-    alpha, beta : float
-        May be set; see `search`.
+    alpha, beta, logit_scale : float
+        May be set; see `search`. They are in the ``state_dict``.
 
     Raises
     ------
@@ -256,6 +260,7 @@ class TipAdapter(nn.Module):
         super().__init__()
         op = "TipAdapter"
         _check_matrix(op, "class_features", class_features)
+        check_float(op, features=features)
         if features.dim() == 3:
             features = features.mean(0)
         _check_matrix(op, "features", features, class_features.shape[1])
@@ -274,13 +279,15 @@ class TipAdapter(nn.Module):
         self.register_buffer("class_features", normalized(class_features.detach()))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of image features ``[B, D]``, which are normalized here."""
+        """Logits ``[B, C]`` of image features ``[B, D]``, which are normalized here; float32 or float64."""
         _check_matrix("TipAdapter", "features", features, self.keys.shape[1])
-        unit = normalized(features)
-        return self._zero_shot(unit) + self.alpha * self._cache(unit @ self.keys.T, self.beta)
+        zero_shot, affinity = self._similarities(features)
+        return zero_shot + self.alpha * self._cache(affinity, self.beta)
 
-    def _zero_shot(self, unit: Tensor) -> Tensor:
-        return self.logit_scale * (unit @ self.class_features.T)
+    def _similarities(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The zero-shot logits, and the cosines with the keys."""
+        query = normalized(features)
+        return _scaled_cosines(query, self.class_features, self.logit_scale), _scaled_cosines(query, self.keys, 1.0)
 
     def _cache(self, affinity: Tensor, beta: float) -> Tensor:
         weights = torch.exp(beta * (affinity - 1.0))
@@ -323,8 +330,7 @@ class TipAdapter(nn.Module):
             raise ValueError(f"{op}: alphas or betas is empty; expected at least one value of each")
         for alpha, beta in [(a, betas[0]) for a in alphas] + [(alphas[0], b) for b in betas]:
             _check_cache(op, alpha, beta)
-        unit = normalized(features)
-        zero_shot, affinity = self._zero_shot(unit), unit @ self.keys.T
+        zero_shot, affinity = self._similarities(features)
         best: TipAdapterSearch | None = None
         for beta in betas:
             cache = self._cache(affinity, beta)
@@ -337,9 +343,24 @@ class TipAdapter(nn.Module):
         self.alpha, self.beta = best.alpha, best.beta
         return best
 
+    def get_extra_state(self) -> dict[str, float]:
+        """The numbers, which `search` may have found, for ``state_dict()``."""
+        return {"alpha": self.alpha, "beta": self.beta, "logit_scale": self.logit_scale}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restore what `get_extra_state` gave."""
+        self.alpha, self.beta, self.logit_scale = state["alpha"], state["beta"], state["logit_scale"]
+
     def extra_repr(self) -> str:
         """Sizes and numbers."""
         return f"keys={tuple(self.keys.shape)}, alpha={self.alpha}, beta={self.beta}, logit_scale={self.logit_scale}"
+
+
+def _scaled_cosines(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """``scale * x y^T`` of rows of length 1, in float32 at least: times 100, logits of 16 bits are off by 0.2."""
+    acc = accumulator(torch.promote_types(x.dtype, y.dtype))
+    with no_autocast(x.device):
+        return scale * (x.to(acc) @ y.to(acc).T)
 
 
 def _check_cache(op: str, alpha: float, beta: float) -> None:
@@ -485,6 +506,7 @@ class _Prompted(nn.Module):
 
     def _encode(self, prompts: Tensor, classes: Tensor) -> Tensor:
         features = self._encoder[0](prompts, classes)
+        check_float(f"{type(self).__name__}: encode_text", result=features)
         if features.dim() != 2 or features.shape[0] != prompts.shape[0]:
             got, want = tuple(features.shape), f"({prompts.shape[0]}, features)"
             raise ValueError(f"{type(self).__name__}: encode_text returned shape {got}; expected {want}")
@@ -528,10 +550,10 @@ class CoOp(_Prompted):
         return self._encode(self.context(), self._classes())
 
     def forward(self, image_features: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of image features ``[B, D]``, which are normalized here."""
+        """Logits ``[B, C]`` of image features ``[B, D]``, which are normalized here; float32 or float64."""
         texts = self.class_features()
         _check_matrix("CoOp", "image_features", image_features, texts.shape[1])
-        return self.logit_scale * (normalized(image_features) @ texts.T)
+        return _scaled_cosines(normalized(image_features), texts, self.logit_scale)
 
 
 class CoCoOp(_Prompted):
@@ -593,7 +615,7 @@ class CoCoOp(_Prompted):
         ).to(where.device, where.dtype)  # fmt: skip
 
     def forward(self, image_features: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of image features ``[B, D]``, which are normalized here."""
+        """Logits ``[B, C]`` of image features ``[B, D]``, which are normalized here; float32 or float64."""
         _check_matrix("CoCoOp", "image_features", image_features, self.image_features)
         unit = normalized(image_features)
         classes = self._classes()
@@ -601,8 +623,10 @@ class CoCoOp(_Prompted):
         for part in unit.split(self.images_per_call):
             shift = self.meta_net(part.to(self.meta_net[0].weight.dtype))
             texts = self._encode(self.context(shift).flatten(0, 1), classes.repeat(part.shape[0]))
-            logits.append(torch.einsum("bd,bcd->bc", part, texts.unflatten(0, (part.shape[0], classes.shape[0]))))
-        return self.logit_scale * torch.cat(logits)
+            texts = wide(texts).unflatten(0, (part.shape[0], classes.shape[0]))
+            with no_autocast(part.device):
+                logits.append(self.logit_scale * torch.linalg.vecdot(wide(part)[:, None], texts))
+        return torch.cat(logits)
 
 
 # ---- all weights ----------------------------------------------------------------------------------------------------
@@ -654,6 +678,7 @@ def flyp_loss(
     rows, _ = check_pairs(op, image_features=image_features, text_features=text_features)
     if collisions not in ("keep", "mask"):
         raise ValueError(f"{op}: collisions is {collisions!r}; expected 'keep' or 'mask'")
+    check_scalar(op, logit_scale=logit_scale)
     x, y = normalized(image_features), normalized(text_features)
     if collisions == "keep":
         if labels is not None:
@@ -662,8 +687,9 @@ def flyp_loss(
     if labels is None:
         raise ValueError(f"{op}: labels is None with collisions 'mask'; expected int64 ({rows},)")
     _check_labels(op, "labels", labels, rows)
-    acc = accumulator(x.dtype)
-    z = logit_scale * (x.to(acc) @ y.to(acc).T)
+    scale = logit_scale.reshape(()) if isinstance(logit_scale, Tensor) else logit_scale
+    with no_autocast(x.device):
+        z = scale * (wide(x) @ wide(y).T)
     itself = torch.arange(rows, device=x.device)
     same = (labels[:, None] == labels) & (itself[:, None] != itself)
     z = z.masked_fill(same, -torch.inf)

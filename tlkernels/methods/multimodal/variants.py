@@ -23,14 +23,16 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tlkernels import ops
-from tlkernels.methods.multimodal._checks import (
+from tlkernels.methods._common import (
     accumulator,
-    check_pairs,
+    check_not_negative,
     check_reduction,
-    check_weights,
+    check_tensor,
     normalized,
     reduced,
+    wide,
 )
+from tlkernels.methods.multimodal._checks import check_pairs, mean_info_nce
 from tlkernels.ops._common import name_of, no_autocast
 
 __all__ = [
@@ -107,9 +109,8 @@ def cyclic_consistency(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     Language-Image Pretraining.* NeurIPS 2022, arXiv:2205.14459.
     """
     number, features = check_pairs("cyclic_consistency", x=x, y=y)
-    acc = accumulator(x.dtype)
     with no_autocast(x.device):
-        wide_x, wide_y = x.to(acc), y.to(acc)
+        wide_x, wide_y = wide(x), wide(y)
         u, v = wide_x - wide_y, wide_x + wide_y
         if number <= features:
             s = u @ v.T
@@ -139,7 +140,7 @@ def cyclip_loss(
     cross_weight, in_weight : float
         :math:`\lambda_2` and :math:`\lambda_1`, >= 0.
     **options
-        For `ops.info_nce`.
+        For `ops.info_nce`, whose result here is 0-d: not ``reduction="none"``.
 
     Returns
     -------
@@ -154,9 +155,9 @@ def cyclip_loss(
     ----------
     Goel et al., CyCLIP, NeurIPS 2022, arXiv:2205.14459.
     """
-    check_weights("cyclip_loss", cross_weight=cross_weight, in_weight=in_weight)
+    check_not_negative("cyclip_loss", cross_weight=cross_weight, in_weight=in_weight)
     cross, within = cyclic_consistency(x, y)
-    contrastive = ops.info_nce(x, y, logit_scale, **options)
+    contrastive = mean_info_nce("cyclip_loss", x, y, logit_scale, options)
     return CyclicLosses(contrastive + in_weight * within + cross_weight * cross, contrastive, cross, within)
 
 
@@ -192,7 +193,7 @@ def slip_loss(
     temperature : float
         Of NT-Xent.
     **options
-        For `ops.info_nce`.
+        For `ops.info_nce`, whose result here is 0-d: not ``reduction="none"``.
 
     Returns
     -------
@@ -209,9 +210,9 @@ def slip_loss(
     Pre-training.* ECCV 2022, arXiv:2112.12750.
     """
     op = "slip_loss"
-    check_weights(op, weight=weight)
+    check_not_negative(op, weight=weight)
     check_pairs(op, view=view, view_other=view_other)
-    contrastive = ops.info_nce(x, y, logit_scale, **options)
+    contrastive = mean_info_nce(op, x, y, logit_scale, options)
     own = ops.nt_xent(normalized(view), normalized(view_other), temperature=temperature)
     return SelfSupervisedLosses(contrastive + weight * own, contrastive, own)
 
@@ -256,7 +257,7 @@ def declip_loss(
     self_weight, view_weight, neighbor_weight : float
         :math:`\alpha, \beta, \gamma`; >= 0, with a sum of at most 1.
     **options
-        For `ops.info_nce`.
+        For `ops.info_nce`, whose result here is 0-d: not ``reduction="none"``.
 
     Returns
     -------
@@ -278,18 +279,23 @@ def declip_loss(
     Paradigm.* ICLR 2022, arXiv:2110.05208, section 3.
     """
     op = "declip_loss"
-    check_weights(op, self_weight=self_weight, view_weight=view_weight, neighbor_weight=neighbor_weight)
+    check_not_negative(op, self_weight=self_weight, view_weight=view_weight, neighbor_weight=neighbor_weight)
     rest = 1.0 - self_weight - view_weight - neighbor_weight
     if rest < -1e-9:
         raise ValueError(f"{op}: self_weight + view_weight + neighbor_weight is {1.0 - rest}; expected at most 1")
     for name, pair in (("x", x), ("y", y)):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"{op}: {name} is a {type(pair).__name__}; expected a pair of tensors, two views")
+    for name, part in (("image_loss", image_loss), ("text_loss", text_loss)):
+        if part is not None:
+            check_tensor(op, **{name: part})
+            if part.dim():
+                raise ValueError(f"{op}: {name} has shape {tuple(part.shape)}; expected 0-d, a mean")
     given = {"x[0]": x[0], "x[1]": x[1], "y[0]": y[0], "y[1]": y[1]}
     check_pairs(op, 2, **(given if neighbors is None else given | {"neighbors": neighbors}))
 
     def clip(image: Tensor, text: Tensor) -> Tensor:
-        return ops.info_nce(image, text, logit_scale, **options)
+        return mean_info_nce(op, image, text, logit_scale, options)
 
     contrastive = clip(x[0], y[0])
     zero = torch.zeros_like(contrastive)
@@ -334,7 +340,7 @@ def coca_loss(
     ignore_index : int
         The label of positions that do not count: padding. The mean is over all others of the batch, of none it is 0.
     **options
-        For `ops.info_nce`.
+        For `ops.info_nce`, whose result here is 0-d: not ``reduction="none"``.
 
     Returns
     -------
@@ -351,7 +357,8 @@ def coca_loss(
     Captioners are Image-Text Foundation Models.* TMLR 2022, arXiv:2205.01917.
     """
     op = "coca_loss"
-    check_weights(op, contrastive_weight=contrastive_weight, caption_weight=caption_weight)
+    check_not_negative(op, contrastive_weight=contrastive_weight, caption_weight=caption_weight)
+    check_tensor(op, caption_logits=caption_logits, caption_labels=caption_labels)
     if caption_logits.dim() != 3:
         raise ValueError(f"{op}: caption_logits has shape {tuple(caption_logits.shape)}; expected (N, L, V)")
     if caption_labels.dtype != torch.int64 or caption_labels.shape != caption_logits.shape[:2]:
@@ -359,10 +366,10 @@ def coca_loss(
             f"{op}: caption_labels has dtype {name_of(caption_labels.dtype)} and shape {tuple(caption_labels.shape)}; "
             f"expected int64 {tuple(caption_logits.shape[:2])}"
         )
-    contrastive = ops.info_nce(x, y, logit_scale, **options)
-    wide = caption_logits.to(accumulator(caption_logits.dtype)).flatten(0, 1)
+    contrastive = mean_info_nce(op, x, y, logit_scale, options)
+    logits = wide(caption_logits).flatten(0, 1)
     labels = caption_labels.flatten()
-    total = functional.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
+    total = functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     caption = total / (labels != ignore_index).sum().clamp(min=1)
     return CaptioningLosses(contrastive_weight * contrastive + caption_weight * caption, contrastive, caption)
 
@@ -431,6 +438,8 @@ def momentum_distillation_loss(
         raise ValueError(f"{op}: one of x_queue and y_queue is None; expected both or neither")
     pairs = []
     for name, slow, queue in (("x_queue", x_momentum, x_queue), ("y_queue", y_momentum, y_queue)):
+        if queue is not None:
+            check_tensor(op, **{name: queue})
         if queue is not None and (queue.dim() != 2 or queue.shape[1] != x.shape[1] or queue.dtype != x.dtype):
             raise ValueError(
                 f"{op}: {name} has dtype {name_of(queue.dtype)} and shape {tuple(queue.shape)}; expected "
@@ -503,10 +512,10 @@ def vse_loss(
     """
     op = "vse_loss"
     check_reduction(op, reduction)
-    check_weights(op, margin=margin)
+    check_not_negative(op, margin=margin)
     number, _ = check_pairs(op, x=x, y=y)
     with no_autocast(x.device):
-        wide_x, wide_y = x.to(accumulator(x.dtype)), y.to(accumulator(x.dtype))
+        wide_x, wide_y = wide(x), wide(y)
         own = (wide_x * wide_y).sum(1)
         if number < 2:
             return reduced(0.0 * own, reduction)

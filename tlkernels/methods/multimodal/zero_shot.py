@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tlkernels.methods.multimodal._checks import accumulator, normalized
-from tlkernels.ops._common import check_float, name_of
+from tlkernels.methods._common import accumulator, check_float, check_tensor, normalized, wide
+from tlkernels.ops._common import name_of, no_autocast
 
 __all__ = ["Prediction", "ZeroShotClassifier", "ensemble_embeddings", "prompt_ensemble"]
 
@@ -109,16 +109,17 @@ def ensemble_embeddings(embeddings: Tensor, classes: Tensor, num_classes: int) -
     check_float(op, embeddings=embeddings)
     if embeddings.dim() != 2:
         raise ValueError(f"{op}: embeddings has shape {tuple(embeddings.shape)}; expected (K, D)")
+    check_tensor(op, classes=classes)
     if classes.dtype != torch.int64 or classes.shape != embeddings.shape[:1]:
         raise ValueError(
             f"{op}: classes has dtype {name_of(classes.dtype)} and shape {tuple(classes.shape)}; expected int64 "
             f"({embeddings.shape[0]},)"
         )
-    counts = torch.bincount(classes, minlength=num_classes)
-    if counts.shape[0] != num_classes or not bool(counts.all()):
+    inside = bool(((classes >= 0) & (classes < num_classes)).all())
+    if num_classes < 1 or not inside or not bool(torch.bincount(classes, minlength=num_classes).all()):
         raise ValueError(f"{op}: classes has not each of 0 to {num_classes - 1}, and only these; expected that")
-    wide = normalized(embeddings.to(accumulator(embeddings.dtype)))
-    sums = wide.new_zeros(num_classes, wide.shape[1]).index_add(0, classes, wide)
+    directions = normalized(wide(embeddings))
+    sums = directions.new_zeros(num_classes, directions.shape[1]).index_add(0, classes, directions)
     return normalized(sums).to(embeddings.dtype)  # of the mean the direction is the same
 
 
@@ -257,7 +258,8 @@ class ZeroShotClassifier(nn.Module):
                 f"{own}: image_embeds has shape {tuple(image_embeds.shape)}; expected (N, {self.weight.shape[1]})"
             )
         acc = accumulator(torch.promote_types(image_embeds.dtype, self.weight.dtype))
-        return self.logit_scale.to(acc) * (normalized(image_embeds.to(acc)) @ self.weight.to(acc).T)
+        with no_autocast(image_embeds.device):
+            return self.logit_scale.to(acc) * (normalized(image_embeds.to(acc)) @ self.weight.to(acc).T)
 
     def predict(self, image_embeds: Tensor, k: int = 1) -> Prediction:
         """The k best classes of each image, and their probabilities.

@@ -1,4 +1,4 @@
-"""What the losses of this package share: argument checks as sentences, unit vectors, sums over processes."""
+"""What the losses of this package share: argument checks as sentences, sums over processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tlkernels.ops._common import FLOATS, check_float, name_of, no_autocast
+from tlkernels.methods._common import accumulator, check_float, wide
+from tlkernels.ops._common import name_of
 
-__all__ = ["GroupSum", "Reduce", "check_float", "no_autocast"]
+__all__ = [
+    "GroupSum",
+    "Reduce",
+    "alone",
+    "check_positive",
+    "check_rows",
+    "check_share",
+    "count",
+    "soft_cross_entropy",
+]
 
 #: From partial sums of one process to the sums over all, differentiable.
 Reduce = Callable[[Tensor], Tensor]
@@ -77,26 +87,11 @@ def alone(x: Tensor) -> Tensor:
     return x
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in float32, or float64 if it is that: what statistics are computed in.
-
-    Autocast then lowers nothing but products of matrices, which the losses that have some do in `no_autocast`.
-    """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows of length 1, normalised in float32 and rounded once to x's dtype."""
-    return F.normalize(wide(x), dim=-1).to(x.dtype)
-
-
 def check_rows(op: str, at_least: int = 0, why: str = "", **tensors: Tensor) -> None:
     """Floating-point tensors [N, D], all like the first, of N >= `at_least`."""
+    check_float(op, **tensors)
     (first, like), *_ = tensors.items()
     for name, t in tensors.items():
-        if t.dtype not in FLOATS:
-            got = name_of(t.dtype)
-            raise TypeError(f"{op}: {name} has dtype {got}; expected float32, bfloat16, float16 or float64")
         if t.dim() != 2 or t.shape[1] < 1:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; expected (N, D) with D >= 1")
         if t.shape != like.shape or t.dtype != like.dtype:
@@ -112,12 +107,6 @@ def check_positive(op: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{op}: {name} is {value}; expected > 0")
-
-
-def check_not_negative(op: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{op}: {name} is {value}; expected >= 0")
 
 
 def check_share(op: str, **values: float) -> None:
@@ -136,4 +125,4 @@ def count(op: str, rows: int, reduce: Reduce, like: Tensor, why: str) -> Tensor:
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The mean over rows of ``-sum(targets * log_softmax(logits))``, in float32."""
-    return F.cross_entropy(wide(logits), targets.to(torch.promote_types(logits.dtype, torch.float32)))
+    return F.cross_entropy(wide(logits), targets.to(accumulator(logits.dtype)))

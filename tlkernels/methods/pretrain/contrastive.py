@@ -14,13 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tlkernels import ops
-from tlkernels.methods.pretrain._common import (
-    check_float,
-    check_positive,
-    check_rows,
-    unit,
-    wide,
-)
+from tlkernels.methods._common import check_float, check_reduction, check_tensor, normalized, reduced, wide
+from tlkernels.methods.pretrain._common import check_positive, check_rows
 from tlkernels.methods.pretrain.queue import FeatureQueue
 from tlkernels.ops._common import name_of
 
@@ -56,7 +51,7 @@ def simclr_loss(z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.5, re
     Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020, arXiv:2002.05709.
     """
     check_rows("simclr_loss", 1, "a view needs its other view", z1=z1, z2=z2)
-    return ops.nt_xent(unit(z1), unit(z2), temperature=temperature, reduction=reduction)
+    return ops.nt_xent(normalized(z1), normalized(z2), temperature=temperature, reduction=reduction)
 
 
 def dcl_loss(
@@ -98,9 +93,8 @@ def dcl_loss(
     check_positive(op, temperature=temperature)
     if sigma is not None:
         check_positive(op, sigma=sigma)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
-    z1, z2 = unit(z1), unit(z2)
+    check_reduction(op, reduction)
+    z1, z2 = normalized(z1), normalized(z2)
     itself = torch.arange(z1.shape[0], device=z1.device)
     across = ops.sim_lse(z1, z2, 1 / temperature, exclude=itself)
     within1 = ops.sim_lse(z1, None, 1 / temperature, exclude=itself).row
@@ -110,7 +104,7 @@ def dcl_loss(
     if sigma is not None:
         pull = pull * (2 - len(itself) * torch.softmax(positive.detach() / sigma, 0))
     loss = torch.cat([ops.lse_merge(across.row, within1) - pull, ops.lse_merge(across.col, within2) - pull])
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+    return reduced(loss, reduction)
 
 
 class MoCoLoss(nn.Module):
@@ -201,11 +195,10 @@ class MoCoLoss(nn.Module):
         """
         op = "MoCoLoss"
         check_rows(op, 1, "a query needs its key", q=q, k=k)
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"{op}: reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
+        check_reduction(op, reduction)
         following = k if enqueue is None else enqueue
         self.queue.check(following)
-        q, k = unit(q), unit(k.detach())
+        q, k = normalized(q), normalized(k.detach())
         # a copy: the backward pass reads it, after the keys were written into the queue
         negatives = self.queue.features().to(q.dtype, copy=True)
         scale = 1 / self.temperature
@@ -215,8 +208,8 @@ class MoCoLoss(nn.Module):
             positive = scale * (wide(q) * wide(k)).sum(1)
             loss = -F.logsigmoid(positive - ops.sim_lse(q, negatives, scale, cols=False).row)
         if self.training:
-            self.queue.enqueue(unit(following.detach()))
-        return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+            self.queue.enqueue(normalized(following.detach()))
+        return reduced(loss, reduction)
 
 
 def moco_v3_loss(
@@ -265,7 +258,7 @@ def moco_v3_loss(
             f"expected {name_of(q1.dtype)} (M, {q1.shape[1]}) with 0 <= label_offset <= M - {q1.shape[0]}"
         )
     first, second = (
-        ops.info_nce(unit(q), unit(k.detach()), 1 / temperature, symmetric=False, label_offset=label_offset)
+        ops.info_nce(normalized(q), normalized(k.detach()), 1 / temperature, symmetric=False, label_offset=label_offset)
         for q, k in ((q1, k2), (q2, k1))
     )
     return 2 * temperature * (first + second)
@@ -321,12 +314,13 @@ def supcon_loss(
     samples, views, _ = features.shape
     if labels is None:
         labels = torch.arange(samples, device=features.device)
-    elif labels.is_floating_point() or tuple(labels.shape) != (samples,):
+    check_tensor(op, labels=labels)
+    if labels.is_floating_point() or tuple(labels.shape) != (samples,):
         raise ValueError(
             f"{op}: labels has dtype {name_of(labels.dtype)} and shape {tuple(labels.shape)}; "
             f"expected integers ({samples},)"
         )
-    z = unit(features).transpose(0, 1).reshape(samples * views, -1)  # all first views, all second ones, ...
+    z = normalized(features).transpose(0, 1).reshape(samples * views, -1)  # all first views, all second ones, ...
     classes = labels.repeat(views)
     if contrast_mode == "all":
         loss = ops.sup_con(z, classes, temperature=temperature)

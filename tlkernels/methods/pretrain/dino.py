@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from tlkernels.methods._common import check_tensor, wide
 from tlkernels.methods.pretrain._common import (
     Reduce,
     alone,
@@ -20,7 +21,6 @@ from tlkernels.methods.pretrain._common import (
     check_rows,
     check_share,
     soft_cross_entropy,
-    wide,
 )
 
 __all__ = ["DINOLoss", "IBOTLoss"]
@@ -61,9 +61,11 @@ class _CenteredTeacher(nn.Module):
     def _follow(self, logits: Sequence[Tensor]) -> None:
         """Move the centre towards the mean of the rows of all `logits`, over all processes."""
         reduce = self.reduce or alone
-        total = reduce(torch.stack([wide(t).sum(0) for t in logits]).sum(0).to(self.center.dtype))
-        number = reduce(self.center.new_full((1,), float(sum(t.shape[0] for t in logits))))
-        self.center.lerp_((total / number)[None], 1 - self.center_momentum)
+        # wide until it is a mean: a model in 16 bits has such a centre too, and a sum over a batch may not fit there
+        total = reduce(torch.stack([wide(t).sum(0) for t in logits]).sum(0))
+        number = reduce(total.new_full((1,), float(sum(t.shape[0] for t in logits))))
+        center = torch.lerp(self.center.to(total.dtype), (total / number)[None], 1 - self.center_momentum)
+        self.center.copy_(center)
 
 
 class DINOLoss(_CenteredTeacher):
@@ -206,6 +208,7 @@ class IBOTLoss(_CenteredTeacher):
             If an argument is not as stated; the centre is as it was then.
         """
         op = "IBOTLoss"
+        check_tensor(op, student=student, teacher=teacher, mask=mask)
         if student.dim() != 3 or student.shape[2] != self.center.shape[1]:
             raise ValueError(f"{op}: student has shape {tuple(student.shape)}; expected (N, L, {self.center.shape[1]})")
         if teacher.shape != student.shape:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tlkernels.methods.pretrain._common import wide
+from tlkernels.methods._common import wide
 
 __all__ = [
     "DINOHead",
@@ -112,12 +112,18 @@ class ProjectionHead(nn.Sequential):
         if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in self):
             if x.dim() != 2:
                 raise ValueError(f"ProjectionHead: x has shape {tuple(x.shape)}; expected (N, {self[0].in_features})")
-            if self.training and x.shape[0] < 2:
-                raise ValueError(
-                    f"ProjectionHead: x has {x.shape[0]} rows in training; expected at least 2, "
-                    "batch norm divides by the batch's deviation"
-                )
+            _check_rows_of_norm(self, "ProjectionHead", x)
         return super().forward(x)
+
+
+def _check_rows_of_norm(head: nn.Module, op: str, x: Tensor) -> None:
+    """Raise for a batch without a deviation; of a synchronized norm the batch is that of all processes."""
+    alone = any(isinstance(layer, nn.BatchNorm1d) for layer in head.modules())
+    if alone and head.training and x.shape[0] < 2:
+        raise ValueError(
+            f"{op}: x has {x.shape[0]} rows in training; expected at least 2, "
+            "batch norm divides by the batch's deviation"
+        )
 
 
 def _hidden(op: str, width: int, hidden_features: int, num_layers: int) -> tuple[int, ...]:
@@ -488,7 +494,6 @@ class DINOHead(nn.Module):
         # one layer stands alone in the authors' checkpoints
         self.mlp = nn.Sequential(*layers) if num_layers > 1 else layers[0]
         self.last_layer = _WeightNormLinear(bottleneck_features, out_features, not norm_last_layer)
-        self.batch_norm = batch_norm and num_layers > 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits over the prototypes, before any temperature.
@@ -502,11 +507,7 @@ class DINOHead(nn.Module):
         -------
         Tensor [N, out_features]
         """
-        if self.batch_norm and self.training and x.shape[0] < 2:
-            raise ValueError(
-                f"DINOHead: x has {x.shape[0]} rows in training; expected at least 2, "
-                "batch norm divides by the batch's deviation"
-            )
+        _check_rows_of_norm(self, "DINOHead", x)
         x = self.mlp(x)
         return self.last_layer(F.normalize(wide(x), dim=-1).to(x.dtype))
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels.methods.pretrain._common import check_float, check_not_negative, wide
+from tlkernels.methods._common import check_float, check_not_negative, check_tensor, wide
 from tlkernels.ops._common import name_of
 
 __all__ = ["PatchMask", "mae_loss", "mask_patches", "patchify", "restore_patches", "unpatchify"]
@@ -245,6 +245,7 @@ def mae_loss(
     """
     op = "mae_loss"
     check_float(op, prediction=prediction, target=target)
+    check_tensor(op, mask=mask)
     check_not_negative(op, eps=eps)
     if prediction.dim() != 3:
         raise ValueError(f"{op}: prediction has shape {tuple(prediction.shape)}; expected (N, L, D)")

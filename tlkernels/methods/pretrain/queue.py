@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tlkernels.methods._common import check_tensor
 from tlkernels.ops._common import name_of
 
 __all__ = ["FeatureQueue"]
@@ -96,6 +97,7 @@ class FeatureQueue(nn.Module):
 
     def check(self, features: Tensor) -> None:
         """Raise as `enqueue` would, and write nothing."""
+        check_tensor("FeatureQueue.enqueue", features=features)
         if features.dim() != 2 or features.shape[1] != self.storage.shape[1] or not features.is_floating_point():
             raise ValueError(
                 f"FeatureQueue.enqueue: features has dtype {name_of(features.dtype)} and shape "

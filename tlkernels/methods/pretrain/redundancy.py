@@ -11,15 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels.methods.pretrain._common import (
-    Reduce,
-    alone,
-    check_not_negative,
-    check_rows,
-    count,
-    no_autocast,
-    wide,
-)
+from tlkernels.methods._common import check_not_negative, wide
+from tlkernels.methods.pretrain._common import Reduce, alone, check_rows, count
+from tlkernels.ops._common import no_autocast
 
 __all__ = ["VICRegTerms", "barlow_twins_loss", "vicreg_loss"]
 

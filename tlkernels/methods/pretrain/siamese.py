@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from tlkernels.methods.pretrain._common import check_rows, wide
+from tlkernels.methods._common import wide
+from tlkernels.methods.pretrain._common import check_rows
 
 __all__ = ["byol_loss", "negative_cosine_similarity", "simsiam_loss"]
 

@@ -19,14 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tlkernels.methods.pretrain._common import (
-    Reduce,
-    check_positive,
-    check_rows,
-    soft_cross_entropy,
-    unit,
-    wide,
-)
+from tlkernels.methods._common import check_tensor, normalized, wide
+from tlkernels.methods.pretrain._common import Reduce, check_positive, check_rows, soft_cross_entropy
 from tlkernels.methods.pretrain.queue import FeatureQueue
 
 __all__ = ["SwAVLoss", "SwAVPrototypes", "sinkhorn_codes", "swav_loss"]
@@ -118,7 +112,7 @@ class SwAVPrototypes(nn.Linear):
     @torch.no_grad()
     def normalize(self) -> None:
         """Scale each prototype to length 1, in place."""
-        self.weight.copy_(unit(self.weight))
+        self.weight.copy_(normalized(self.weight))
 
 
 def swav_loss(
@@ -171,6 +165,7 @@ def swav_loss(
     for i in range(num_assign):
         everyone = scores[i].detach()
         if queue_scores is not None:
+            check_tensor(op, **{f"queue_scores[{i}]": queue_scores[i]})
             if queue_scores[i].dim() != 2 or queue_scores[i].shape[1] != everyone.shape[1]:
                 raise ValueError(
                     f"{op}: queue_scores[{i}] has shape {tuple(queue_scores[i].shape)}; "
@@ -257,7 +252,7 @@ class SwAVLoss(nn.Module):
         if len(features) < max(2, self.num_assign):
             raise ValueError(f"{op}: features has {len(features)} crops; expected at least {max(2, self.num_assign)}")
         check_rows(op, 1, "codes are of a batch", **{f"features[{i}]": f for i, f in enumerate(features)})
-        z = [unit(f) for f in features]
+        z = [normalized(f) for f in features]
         queues: list[FeatureQueue] = [q for q in self.queues if isinstance(q, FeatureQueue)] if use_queue else []
         for queue, of_crop in zip(queues, z, strict=False):
             queue.check(of_crop)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tlkernels.methods.pretrain._common import check_float, wide
+from tlkernels.methods._common import check_float, check_tensor, wide
 from tlkernels.ops._common import name_of
 
 __all__ = [
@@ -61,6 +61,7 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) 
     """
     op = "causal_lm_loss"
     check_float(op, logits=logits)
+    check_tensor(op, labels=labels)
     if logits.dim() < 2 or labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
             f"{op}: labels has dtype {name_of(labels.dtype)} and shape {tuple(labels.shape)}, logits has shape "
@@ -197,6 +198,7 @@ def replace_tokens(
     """
     op = "replace_tokens"
     check_float(op, logits=logits)
+    check_tensor(op, input_ids=input_ids, labels=labels)
     for name, t in (("input_ids", input_ids), ("labels", labels)):
         if t.dtype != torch.int64 or t.shape != input_ids.shape:
             raise ValueError(
@@ -243,8 +245,10 @@ def replaced_token_loss(logits: Tensor, replaced: Tensor, attention_mask: Tensor
     """
     op = "replaced_token_loss"
     check_float(op, logits=logits)
-    for name, t in (("replaced", replaced), ("attention_mask", attention_mask)):
-        if t is not None and t.shape != logits.shape:
+    others = {"replaced": replaced} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+    check_tensor(op, **others)
+    for name, t in others.items():
+        if t.shape != logits.shape:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; expected {tuple(logits.shape)}, like logits")
     d = wide(logits)
     of_token = F.binary_cross_entropy_with_logits(d, replaced.to(d.dtype), reduction="none")
