@@ -331,6 +331,15 @@ def sim_lse(
     return row, col, nll_row, kept(negative_log_likelihood(*turned, torch.arange(rows), x.dtype))
 
 
+def smallest(dtype: torch.dtype) -> float:
+    """What a number below the normal ones, in the accumulator of `dtype`, may be off by: they are evenly spaced.
+
+    The instruction that multiplies pairs of bfloat16 takes such numbers for 0.
+    """
+    info = torch.finfo(wide(dtype))
+    return info.smallest_normal * (1.0 if dtype == torch.bfloat16 else info.eps)
+
+
 def sim_lse_gradients(
     x: Tensor, y: Tensor | None, scale: Tensor, bias: Tensor | None, labels: Tensor | None, exclude: Tensor | None,
     lse_row: Tensor, lse_col: Tensor | None, grad_row: Tensor, grad_col: Tensor | None, grad_pair: Tensor | None,
@@ -349,7 +358,8 @@ def sim_lse_gradients(
             share = (z.value - lse).exp().where(lse != -torch.inf, 0)
             away = error + 4 * unit(x.dtype) * (z.value.abs() + lse.abs())
             g, size = g + grad * share, size + grad.abs() * share
-            off = off + grad.abs() * torch.where(share > 0, share * (torch.expm1(away) + 16 * unit(x.dtype)), 0)
+            inexact = share * (torch.expm1(away) + 16 * unit(x.dtype)) + smallest(x.dtype)
+            off = off + grad.abs() * torch.where(share > 0, inexact, 0)
     if exclude is not None:  # of weight 0, also beside a NaN
         g, size, off = (t.masked_fill(at(exclude, t.shape[1]), 0.0) for t in (g, size, off))
     if labels is not None and grad_pair is not None:
@@ -364,7 +374,7 @@ def gradients_of_dots(
 ) -> tuple[Exact, Exact, Exact]:
     """(dx, dy, dscale) of sum dz (scale x y^T); `symmetric` where y is x, which then has both parts."""
     if stored != torch.float64:
-        rounding = TOLERANCES[stored].unit * (dz.magnitude + torch.finfo(stored).smallest_normal)
+        rounding = TOLERANCES[stored].unit * dz.magnitude + smallest(stored)
         dz = Exact(dz.value, dz.magnitude, 0, dz.inherited + rounding)
     s = scale.reshape(()).to(wide(x.dtype)).double()
     dx, dy = weighted(dz, y) * s, weighted(dz.mT, x) * s
@@ -378,10 +388,10 @@ def gradients_of_dots(
 
 def weighted(weights: Exact, t: Tensor) -> Exact:
     """weights @ t, where each weight is itself a sum that may cancel."""
+    terms, tiny = weights.value.shape[1], smallest(t.dtype)
     t = t.double()
-    return Exact(
-        weights.value @ t, weights.magnitude @ t.abs(), weights.value.shape[1], weights.inherited @ t.abs()
-    )  # fmt: skip
+    inherited = weights.inherited @ t.abs() + terms * tiny
+    return Exact(weights.value @ t, weights.magnitude @ t.abs(), terms, inherited)
 
 
 def sigmoid_contrastive(
