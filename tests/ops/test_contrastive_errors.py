@@ -341,3 +341,9 @@ def test_a_wrong_call_leaves_gradients_alone(backend: str) -> None:
     with pytest.raises(ERRORS):
         ops.info_nce(x, Y, 2.0, labels=LABELS + 1).backward()
     assert x.grad is None
+
+
+@pytest.mark.parametrize("function", ["info_nce", "sigmoid_contrastive"])
+def test_fewer_candidates_than_anchors(function: str) -> None:
+    with pytest.raises(ValueError, match=f"{function}: y has 5 rows; expected 7 or more, like x, or labels"):
+        getattr(ops, function)(torch.randn(7, 3), torch.randn(5, 3), 1.0, 0.0)

@@ -571,6 +571,8 @@ def _labels_of(
     op: str, rows: int, columns: int, labels: Tensor | None, label_offset: int, ignore_index: int, device: torch.device
 ) -> Tensor:  # fmt: skip
     if labels is None:
+        if rows > columns:
+            raise ValueError(f"{op}: y has {columns} rows; expected {rows} or more, like x, or labels")
         if label_offset < 0 or rows + label_offset > columns:
             raise ValueError(
                 f"{op}: label_offset is {label_offset} for {rows} rows of x and {columns} of y; "
