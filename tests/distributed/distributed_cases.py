@@ -665,7 +665,7 @@ def wrong_calls_raise_everywhere() -> None:
         ({"x": torch.ones(3)}, "x has shape (3,); expected (N, D)"),
         ({"x": [1.0]}, "x is list; expected a tensor"),
         ({"y": torch.ones(3, D + 2, dtype=torch.float64)}, "y has shape"),
-        ({"y": torch.ones(2, D, dtype=torch.float64)}, "label_offset is 0 for 3 rows of x and 2 of y"),
+        ({"y": torch.ones(2, D, dtype=torch.float64)}, "y has 2 rows; expected 3 or more, like x"),
         ({"labels": [0, 1, 2]}, "labels is list; expected a tensor"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5; expected 0 <= label_smoothing <= 1"),
         ({"labels": torch.tensor([0, 1, 3])}, "labels has an entry 3; expected less than 3"),
