@@ -12,6 +12,23 @@ from tlkernels.ops.contrastive import (
 )
 from tlkernels.ops.coral import coral, coral_whiten, covariance
 from tlkernels.ops.drift import feature_histogram
+from tlkernels.ops.fisher import (
+    diag_fisher_channel_norm_,
+    diag_fisher_conv1d_,
+    diag_fisher_conv2d_,
+    diag_fisher_embedding_,
+    diag_fisher_linear_,
+    diag_fisher_lora_,
+    diag_fisher_norm_,
+    ekfac_diag_linear_,
+    importance_accum_,
+    kfac_factors_linear_,
+    per_sample_sqnorm_linear,
+    quad_penalty,
+    quad_penalty_grad_,
+    si_accum_,
+)
+from tlkernels.ops.gradgram import task_combine, task_combine_, task_gram
 from tlkernels.ops.lora import (
     dora_weight_norm,
     lora_dropout_mask,
@@ -57,11 +74,21 @@ __all__ = [
     "coral",
     "coral_whiten",
     "covariance",
+    "diag_fisher_channel_norm_",
+    "diag_fisher_conv1d_",
+    "diag_fisher_conv2d_",
+    "diag_fisher_embedding_",
+    "diag_fisher_linear_",
+    "diag_fisher_lora_",
+    "diag_fisher_norm_",
     "dora_weight_norm",
+    "ekfac_diag_linear_",
     "feature_histogram",
+    "importance_accum_",
     "info_nce",
     "joint_mk_mmd2",
     "kernel_bandwidth",
+    "kfac_factors_linear_",
     "lmmd2",
     "lora_dropout_mask",
     "lora_grouped_delta_",
@@ -82,9 +109,16 @@ __all__ = [
     "nf4_quantize",
     "nt_xent",
     "pairwise_sqdist",
+    "per_sample_sqnorm_linear",
+    "quad_penalty",
+    "quad_penalty_grad_",
+    "si_accum_",
     "sigmoid_contrastive",
     "sim_lse",
     "sup_con",
+    "task_combine",
+    "task_combine_",
+    "task_gram",
 ]
 
 load_libraries()

@@ -67,6 +67,7 @@ def define(
     cuda_default: str = "triton",
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64"),
     gradient: str = "raises",
+    fake: Callable[..., Any] | None = None,
 ) -> None:
     """Define an op by its schema, with `reference` as the kernel for everything that has no better one.
 
@@ -75,11 +76,14 @@ def define(
     as the op's autograd formula, and, while a ``torch.func`` transform is active, as an `autograd.Function`
     (ops with a registered formula alone raise under ``torch.func.grad``).
     ``vmap(info, in_dims, *inputs)`` is the op's batching rule, with all inputs in schema order as well.
+    ``fake`` serves tensors without data where the reference cannot: it looks at values, or loops over them.
     """
     name = schema[: schema.index("(")]
     for lib in (_LIB, _REFERENCE):
         lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         lib.impl(name, reference, "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"tlkernels::{name}", fake, lib=_LIB)
     packet, _, overload = name.partition(".")
     arguments = getattr(getattr(torch.ops.tlkernels, packet), overload or "default")._schema.arguments
     kwonly = tuple(a.name for a in arguments if a.kwarg_only)
