@@ -134,6 +134,33 @@ struct LoraGroup {
     const int64_t* ranks;   // [adapters], each at most `rank`
 };
 
+// Whose tokens are whose: sample n has [offsets[n], offsets[n + 1]), or `tokens` each where offsets is null. What a
+// sample adds is multiplied by `scale` and, where it is given, its weight.
+struct Samples {
+    int64_t count, tokens;
+    const int64_t* offsets;
+    const float* weight;
+    float scale;
+};
+
+// A convolution of act[samples][channels][height][width]; pairs are (vertical, horizontal).
+struct Conv {
+    int64_t channels, height, width, out_channels, out_height, out_width, groups;
+    int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+enum class Norm : int { layer, rms, none };
+
+// A sample's row of a second moment: each of its tokens, their weighted mean, or their weighted sum.
+enum class Rows : int { tokens, mean, sum };
+
+// Many tensors of `numel` elements of `dtypes`: each list is one pointer per tensor.
+struct Lists {
+    int64_t count;
+    const int64_t* numel;
+    const Dtype* dtypes;
+};
+
 struct Kernels {
     const char* level;
 
@@ -241,6 +268,48 @@ struct Kernels {
     // counts[features][edge_count + 1] of x[n][features] between edges[features][edge_count], ascending.
     void (*feature_histogram)(const void* x, Dtype dtype, const float* edges, int64_t n, int64_t features,
                               int64_t edge_count, int64_t* counts, Parallel parallel);
+
+    // f_w[out][in] += sum over samples of the square of the sum over tokens of grad act^T; f_b likewise; either may be
+    // null.
+    void (*diag_fisher_linear)(const void* act, const void* grad, Dtype dtype, const Samples& samples, int64_t out,
+                               int64_t in, float* f_w, float* f_b, Parallel parallel);
+    // samples.tokens and offsets are not read; f_w[out_channels][channels / groups][kernel]; f_b may be null.
+    void (*diag_fisher_conv2d)(const void* act, const void* grad, Dtype dtype, const Samples& samples, const Conv& conv,
+                               float* f_w, float* f_b, Parallel parallel);
+    // Every index is a row of f_w[][d]; rows `padding` are left out (-1: none).
+    void (*diag_fisher_embedding)(const int64_t* indices, const void* grad, Dtype dtype, const Samples& samples,
+                                  int64_t d, int64_t padding, float* f_w, Parallel parallel);
+    // Of the rows [d] of x, normalised; f_w or f_b may be null.
+    void (*diag_fisher_norm)(const void* x, const void* grad, Dtype dtype, const Samples& samples, int64_t d, Norm norm,
+                             float eps, float* f_w, float* f_b, Parallel parallel);
+    // Of x[samples][channels][samples.tokens], less mean[channels], times rstd[channels].
+    void (*diag_fisher_channel_norm)(const void* x, const void* grad, Dtype dtype, const Samples& samples,
+                                     int64_t channels, const float* mean, const float* rstd, float* f_w, float* f_b,
+                                     Parallel parallel);
+    // out[samples]: squared Frobenius norms of the sums over tokens of grad act^T; weight and scale are not read.
+    void (*per_sample_sqnorm)(const void* act, const void* grad, Dtype dtype, const Samples& samples, int64_t out,
+                              int64_t in, float* norms, Parallel parallel);
+    // moment[d + ones][d + ones] += scale * sum of weight x x^T over `rows`, with a one appended to x if `ones`;
+    // samples.weight has one for each token, or is null.
+    void (*second_moment)(const void* x, Dtype dtype, const Samples& samples, int64_t d, Rows rows, bool ones,
+                          float* moment, Parallel parallel);
+
+    // acc = decay acc + scale g^2 (or |g|)
+    void (*importance_accum)(const Lists& lists, float* const* acc, const void* const* grads, bool absolute,
+                             float decay, float scale, Parallel parallel);
+    // omega += scale g delta
+    void (*si_accum)(const Lists& lists, float* const* omega, const void* const* grads, const void* const* deltas,
+                     float scale, Parallel parallel);
+    // Returns half the sum of f (p - a)^2. Where `grads` is not null: += scale f (p - a), or = with `overwrite`.
+    double (*quad_penalty)(const Lists& lists, const void* const* params, const void* const* anchors,
+                           const float* const* importances, void* const* grads, bool overwrite, float scale,
+                           Parallel parallel);
+
+    // gram[tasks][tasks] of the rows grads[task * count + tensor], of which null ones are zeros.
+    void (*task_gram)(const Lists& lists, int64_t tasks, const void* const* grads, double* gram, Parallel parallel);
+    // out[result * count + tensor] (+)= sum over tasks of weights[result][task] grads[task * count + tensor]
+    void (*task_combine)(const Lists& lists, int64_t tasks, int64_t results, const void* const* grads,
+                         const float* weights, bool accumulate, void* const* out, Parallel parallel);
 
     // The machine's own ceilings, for the benchmarks: each runs `repeats` times over its data on the calling
     // thread; the caller takes the time. read/copy stream `bytes`; the arithmetic loops return flops done.

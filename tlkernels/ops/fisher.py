@@ -682,7 +682,7 @@ def diag_fisher_linear_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument: dtypes, shapes, devices, offsets that do not ascend, memory shared with an accumulator.
 
     Notes
@@ -769,7 +769,7 @@ def diag_fisher_conv2d_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument; also where `grad_out` is not of the size that this convolution of `act` has.
 
     Notes
@@ -822,7 +822,7 @@ def diag_fisher_conv1d_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument.
     """
     op = "diag_fisher_conv1d_"
@@ -866,7 +866,7 @@ def diag_fisher_embedding_(
     ------
     IndexError
         An index outside of the table.
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument.
 
     Notes
@@ -922,7 +922,7 @@ def diag_fisher_norm_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument.
 
     Notes
@@ -962,7 +962,7 @@ def diag_fisher_channel_norm_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument.
 
     Notes
@@ -1037,7 +1037,7 @@ def diag_fisher_lora_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument.
 
     Notes
@@ -1087,7 +1087,7 @@ def per_sample_sqnorm_linear(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument.
 
     Notes
@@ -1129,7 +1129,7 @@ def kfac_factors_linear_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument.
 
     Notes
@@ -1180,7 +1180,7 @@ def ekfac_diag_linear_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument.
 
     Notes
@@ -1254,7 +1254,7 @@ def importance_accum_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument and its place in the list.
 
     Notes
@@ -1290,7 +1290,7 @@ def si_accum_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument and its place in the list.
 
     References
@@ -1326,7 +1326,7 @@ def quad_penalty(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument and its place in the list.
 
     Notes
@@ -1367,7 +1367,7 @@ def quad_penalty_grad_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument and its place in the list.
     """
     op = "quad_penalty_grad_"

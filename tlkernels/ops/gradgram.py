@@ -148,7 +148,7 @@ def task_gram(grads: Sequence[Sequence[Tensor | None]]) -> Tensor:
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument and its place in the lists.
 
     Notes
@@ -182,7 +182,7 @@ def task_combine_(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument and its place in the lists; `out` may not share memory with `grads`.
     """
     op = "task_combine_"
@@ -230,7 +230,7 @@ def task_combine(grads: Sequence[Sequence[Tensor | None]], weights: Tensor) -> l
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         Naming the argument and its place in the lists.
     """
     op = "task_combine"
