@@ -19,6 +19,11 @@ int64_t tokens_of(const Samples& s, int64_t n) {
     return s.offsets != nullptr ? s.offsets[n + 1] - s.offsets[n] : s.tokens;
 }
 int64_t all_tokens(const Samples& s) { return s.offsets != nullptr ? s.offsets[s.count] : s.count * s.tokens; }
+int64_t longest(const Samples& s) {
+    int64_t most = 0;
+    for (int64_t n = 0; n < s.count; ++n) most = max(most, tokens_of(s, n));
+    return most;
+}
 float weight_of(const Samples& s, int64_t n) { return s.weight != nullptr ? s.weight[n] * s.scale : s.scale; }
 
 // ---- sums of rows --------------------------------------------------------------------------------------------------
@@ -132,6 +137,93 @@ struct SquaredWeighted {
     }
 };
 
+// A sample of few tokens: the tile of F stays in registers next to that of the product, over all samples of a run.
+constexpr int kFewRows = kTileRows / 2;
+// Up to how many tokens that pays: pairs of bfloat16 are multiplied at once where there are enough to fill them.
+template <class In>
+constexpr int64_t few_tokens = is_same<typename Arithmetic<In>::type, Fp32> ? 12 : 8;
+
+// f[rows][width] += weight (sum over the sample's tokens)^2, samples one after another along k
+template <int Rows>
+[[gnu::noinline]] void tile_of_squares(const float* a, int64_t a_stride, const float* panel, const int64_t* tokens,
+                                       const float* weight, int64_t samples, float* f) {
+    constexpr int64_t width = kTileCols;
+    Vec total[Rows][kTileVecs];
+    for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < kTileVecs; ++v) total[r][v] = load(f + r * width + v * Vec::size);
+    for (int64_t n = 0; n < samples; ++n) {
+        Vec c[Rows][kTileVecs];
+        for (auto& row : c)
+            for (Vec& x : row) x = zero();
+        for (const float* end = panel + tokens[n] * width; panel < end; panel += width, ++a) {
+            Vec column[kTileVecs];
+            for (int v = 0; v < kTileVecs; ++v) column[v] = load(panel + v * Vec::size);
+            for (int r = 0; r < Rows; ++r) {
+                const Vec x = splat(a[r * a_stride]);
+                for (int v = 0; v < kTileVecs; ++v) c[r][v] = fma(x, column[v], c[r][v]);
+            }
+        }
+        const Vec w = splat(weight[n]);
+        for (int r = 0; r < Rows; ++r)
+            for (int v = 0; v < kTileVecs; ++v) total[r][v] = fma(c[r][v] * c[r][v], w, total[r][v]);
+    }
+    for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < kTileVecs; ++v) store(f + r * width + v * Vec::size, total[r][v]);
+}
+template <int Rows = kFewRows>
+void rows_of_squares(int64_t rows, const float* a, int64_t a_stride, const float* panel, const int64_t* tokens,
+                     const float* weight, int64_t samples, float* f) {
+    if constexpr (Rows == 0) {
+        return;
+    } else if (rows == Rows) {
+        tile_of_squares<Rows>(a, a_stride, panel, tokens, weight, samples, f);
+    } else {
+        rows_of_squares<Rows - 1>(rows, a, a_stride, panel, tokens, weight, samples, f);
+    }
+}
+
+// The same as `linear_squares`, for samples of at most few_tokens.
+template <class In>
+void few_squares(const In* act, const In* grad, const Samples& samples, int64_t out, int64_t in, float* f,
+                 Parallel parallel) {
+    constexpr int64_t width = kTileCols, pad = 16;
+    const AcrossK<Fp32, In> left{grad, out}, right{act, in};
+    Cut c = cut<Fp32, kTileVecs>(out, 0, in, false, Term{kDepth, left, right});
+    const int64_t work = all_tokens(samples) * out * in;
+    parallel_for(parallel, c.blocks(), ceil_div(kSmallWork, work / c.blocks() + 1), [&](int64_t first, int64_t last) {
+        constexpr int64_t stride = kDepth + pad;
+        Scratch<float> a(c.rows * stride), b(c.cols * kDepth), weight(kDepth);
+        Scratch<int64_t> tokens(kDepth);
+        alignas(64) float tile[kFewRows * width];
+        for (int64_t u = first; u < last; ++u) {
+            const int64_t i = u % c.row_blocks() * c.rows, j = u / c.row_blocks() * c.cols;
+            const int64_t rows = min(c.rows, out - i), cols = min(c.cols, in - j);
+            for (int64_t n = 0; n < samples.count;) {
+                const int64_t at = first_token(samples, n);
+                int64_t count = 0, words = 0;  // the run: samples whose tokens fit a panel
+                for (; n < samples.count && count < kDepth && words + tokens_of(samples, n) <= kDepth; ++n, ++count) {
+                    tokens[count] = tokens_of(samples, n);
+                    weight[count] = weight_of(samples, n);
+                    words += tokens[count];
+                }
+                left.pack_rows(i, rows, at, words, a, stride);
+                right.template pack_panels<int(width)>(j, cols, at, words, b);
+                for (int64_t p = 0; p < cols; p += width) {
+                    const int64_t lanes = min(width, cols - p);
+                    for (int64_t r = 0; r < rows; r += kFewRows) {
+                        const int64_t these = min<int64_t>(kFewRows, rows - r);
+                        for (int64_t k = 0; k < these; ++k)
+                            convert_row(f + (i + r + k) * in + j + p, lanes, tile + k * width);
+                        rows_of_squares(these, a + r * stride, stride, b + p * words, tokens, weight, count, tile);
+                        for (int64_t k = 0; k < these; ++k)
+                            convert_row(tile + k * width, lanes, f + (i + r + k) * in + j + p);
+                    }
+                }
+            }
+        }
+    });
+}
+
 template <int Vecs, class In>
 void linear_squares(const In* act, const In* grad, const Samples& samples, int64_t out, int64_t in, float* f,
                     Parallel parallel) {
@@ -156,6 +248,8 @@ void TLK_LEVEL::diag_fisher_linear(const void* act, const void* grad, Dtype dtyp
             product<Fp32>(out, in, parallel,
                           Term{samples.count, AcrossK<Fp32, In, SquaredWeighted>{g, out, nullptr, {samples.weight}},
                                AcrossK<Fp32, In, Squared>{a, in}, AddRows<float>{f_w, in, samples.scale}});
+        } else if (longest(samples) <= few_tokens<In>) {
+            few_squares(a, g, samples, out, in, f_w, parallel);
         } else if (in <= Vec::size) {
             linear_squares<1>(a, g, samples, out, in, f_w, parallel);
         } else {
@@ -367,15 +461,14 @@ void sort_by(const int64_t* keys, int64_t n, int64_t* order, int64_t* spare) {
 
 void TLK_LEVEL::diag_fisher_embedding(const int64_t* indices, const void* grad, Dtype dtype, const Samples& samples,
                                       int64_t d, int64_t padding, float* f_w, Parallel parallel) {
-    int64_t longest = 0;
-    for (int64_t n = 0; n < samples.count; ++n) longest = max(longest, tokens_of(samples, n));
-    if (longest == 0 || d == 0) return;
+    const int64_t most = longest(samples);
+    if (most == 0 || d == 0) return;
     by_dtype(dtype, [&]<class In>(In) {
         constexpr int64_t run = 256;  // columns of a thread: samples share rows, columns nobody
         parallel_for(parallel, ceil_div(d, run), ceil_div(kSmallWork, all_tokens(samples) * run),
                      [&](int64_t first, int64_t last) {
                          const int64_t from = first * run, width = min(d, last * run) - from;
-                         Scratch<int64_t> order(longest), spare(longest);
+                         Scratch<int64_t> order(most), spare(most);
                          Scratch<float> sum(width);
                          for (int64_t n = 0; n < samples.count; ++n) {
                              const int64_t at = first_token(samples, n), tokens = tokens_of(samples, n);

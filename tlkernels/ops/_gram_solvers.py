@@ -555,19 +555,24 @@ def _fair(g: _Gram, alpha: float, op: str) -> Array:
     root = np.sqrt(k)
     m = root[:, None] * g.cosine * root
     y = np.full(n, (k.sum() / max(float(m.sum()), 1e-12 * float(k.sum()))) ** (1 / (1 + power)))
-    best, found = math.inf, y
+    best, found, stalled, settled = math.inf, y, 0, False
     # Newton's method for the minimum of y'My / 2 - sum k psi(y), psi' = y^-power: strictly convex
     for _ in range(1000):
         left, right = m @ y, k * y**-power
         error = float(np.abs(left / right - 1.0).max())
         if error < best:
-            best, found = error, y
+            best, found, stalled = error, y, 0
+        else:
+            stalled += 1
         if error <= 1e-14:
+            settled = True
             break
         gradient = left - right
         step = -np.linalg.solve(m + np.diag(power * right / y), gradient)
         descent = float(step @ gradient)
-        if not descent < 0:
+        # twice what is left to gain; a product of a small gradient with a large sum may have no correct digit by now
+        settled = -descent <= 1e-24 * float(right @ y)
+        if descent >= 0 or (settled and stalled > 3):
             break
         shrinking = step < 0
         size = min(1.0, 0.95 * float((y[shrinking] / -step[shrinking]).min())) if shrinking.any() else 1.0
@@ -576,10 +581,8 @@ def _fair(g: _Gram, alpha: float, op: str) -> Array:
         while size > 1e-12 and float(step @ (m @ trial - k * trial**-power)) > -0.5 * descent:
             size /= 2
             trial = y + size * step
-        if size <= 1e-12 or (best <= 1e-9 and error > 2 * best):  # rounding
-            break
         y = trial
-    if not best <= 1e-3:
+    if not settled:
         raise RuntimeError(f"{op}: found no weights (relative error {best:.3g}); gram is nearly singular")
     return g.every(found * (g.length * g.scale) ** (-2 * alpha / (1 + alpha)))
 

@@ -78,8 +78,9 @@ def borrowed(op: str, model: nn.Module, others: Iterable[nn.Module], eval_mode: 
         for name, module in model.named_modules():
             if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None):
                 raise RuntimeError(
-                    f"{op}: {name or type(module).__name__} is a batch norm that uses the batch's statistics, which mix "
-                    "samples: there is no per-sample gradient; expected eval mode (eval_mode=True) and running statistics"
+                    f"{op}: {name or type(module).__name__} is a batch norm that uses the batch's statistics, which "
+                    "mix samples: there is no per-sample gradient; expected eval mode (eval_mode=True) and running "
+                    "statistics"
                 )
         yield
     finally:
@@ -125,7 +126,7 @@ class _Bound(nn.Module):
 
 
 class Engine:
-    """Routes, their verification, and the backward passes of a batch. Nothing of the model is changed outside `open`."""
+    """Routes, their verification, the backward passes of a batch. Outside of `open` nothing of the model is changed."""
 
     def __init__(
         self, op: str, model: nn.Module, wanted: dict[str, nn.Parameter], loss: Loss, *, forward: Forward | None,
@@ -191,8 +192,8 @@ class Engine:
         for t in samples._leaves if self.forward is default_forward else ():
             if isinstance(t, Tensor) and t.dim() and t.shape[0] != n and isinstance(batch, (tuple, list)):
                 raise ValueError(
-                    f"{self.op}: loader gives a batch with tensors of {t.shape[0]} and {n} rows; expected equal numbers, "
-                    "or forward= that knows what they are"
+                    f"{self.op}: loader gives a batch with tensors of {t.shape[0]} and {n} rows; expected equal "
+                    "numbers, or forward= that knows what they are"
                 )
         if self.verify and self.verified < min(n, 2):
             self._verify(samples)
@@ -254,7 +255,7 @@ class Engine:
         bound = _Bound(self.model, self.forward)
         parameters = {f"model.{name}": self.wanted[name].detach() for name in names}
         per_sample = sum(p.numel() * p.element_size() for p in parameters.values())
-        chunk = max(1, min(samples.n, self.chunk_bytes // per_sample))
+        chunk = max(1, min(samples.n, self.chunk_bytes // max(per_sample, 1)))
         tensors, aux = samples.tensors, probe.aux
 
         def objective(values: dict[str, Tensor], rows: list[Tensor], aux_row: Tensor | None) -> Tensor:
@@ -312,6 +313,12 @@ class Engine:
 
     def _verify(self, samples: Samples) -> None:
         """Compare, on two samples, each parameter's route with a loop; decide layouts and routes."""
+        try:
+            self._compare(samples)
+        finally:
+            self.started = False
+
+    def _compare(self, samples: Samples) -> None:
         part = samples.part(samples.two())
         n = part.n
         taps = self.taps
@@ -323,25 +330,21 @@ class Engine:
         if self.loss.kind != "empirical":  # any gradient of the output will do; there may be no labels
             noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
             probe = Probe(self.loss, linear=True, aux=noise.to(output))
-        zeros = {name: torch.zeros_like(p, dtype=accumulator(p.dtype)) for name, p in self.wanted.items()}
-        expected = {name: t.clone() for name, t in zeros.items()}
-        total = {name: t.clone() for name, t in zeros.items()} if n > 1 else {}
+        expected, total = self._zeros(), self._zeros()
         for i in range(n):
             aux = None if probe.aux is None else probe.aux[i : i + 1]
             for name, grad in self._plain(part.take(slice(i, i + 1)), probe, aux, self.wanted).items():
                 expected[name] += grad.to(expected[name].dtype).square()
-                if n > 1:
-                    total[name] += grad
+                total[name] += grad
         limits = self._limits(output)
         if n > 1:
             together = self._plain(part.batch, probe, probe.aux, self.wanted)
             self._check_mixing(total, together, limits)
-            del together, total
+            del together
+        del total
 
         largest = max((float(_root(t).max()) for t in expected.values() if t.numel()), default=0.0)
-        for unit in taps.units:  # as nothing was known
-            unit.dead = "" if not self.verified else unit.dead
-        if not self.verified:
+        if self.verified < 2:  # one sample has told little
             taps.layouts.clear()
             taps.tried.clear()
         taps.trial = True
@@ -361,14 +364,21 @@ class Engine:
                 self.tier, self.tier_reason = "loop", f"its result differs for {wrong[0]}"
         self.verified = max(self.verified, n)
 
+    def _zeros(self) -> Squares:
+        """Accumulators, in rows whatever the memory format of the parameters."""
+        return {
+            name: torch.zeros(p.shape, dtype=accumulator(p.dtype), device=p.device) for name, p in self.wanted.items()
+        }
+
     def _settle(
         self, part: Samples, probe: Probe, expected: Squares, largest: float, limits: tuple[float, float]
     ) -> None:
         """Try layouts until the numbers are right, or there are no more."""
         taps = self.taps
+        suspects: list[Unit] = []
+        reason = ""
         for _ in range(12):
-            squares = {name: torch.zeros_like(t) for name, t in expected.items()}
-            repeating = [m for m, layout in taps.layouts.items() if layout in ("broadcast", "shared")]
+            squares = self._zeros()
             try:
                 output, target = self._forward(part.batch, part.n)
 
@@ -399,9 +409,9 @@ class Engine:
             for unit in suspects:  # no other layout than batch first is likely for what has batch first
                 if not taps.reject(m for m in unit.modules if taps.layouts.get(m) != "batch"):
                     unit.dead = reason
-        for unit in taps.units:
-            if any(m not in taps.layouts for m in unit.modules) and not unit.dead:
-                unit.dead = "its samples were not found in its input"
+        else:
+            for unit in suspects:
+                unit.dead = unit.dead or reason
 
     def _limits(self, output: Any) -> tuple[float, float]:
         """(of a parameter's own largest gradient, of the model's), by the coarsest dtype in play."""
@@ -435,8 +445,8 @@ class Engine:
             if float(difference.abs().max()) > limits[0] * float(want.abs().max()) + limits[1] * largest:
                 raise RuntimeError(
                     f"{self.op}: the gradient of two samples is not the sum of their gradients, for {name}: the model "
-                    "mixes samples or is random (a batch norm or dropout in training mode), or the loss is no sum or mean "
-                    "over samples (a mean over tokens: use token_reduction, or a loss of shape [N])"
+                    "mixes samples or is random (a batch norm or dropout in training mode), or the loss is no sum or "
+                    "mean over samples (a mean over tokens: use token_reduction, or a loss of shape [N])"
                 )
 
 

@@ -405,12 +405,17 @@ def _lanczos(
         # what is left of a product after 53 (24) bits of cancellation is no direction
         ended = beta <= 100 * torch.finfo(dtype).eps * largest or done == size
         if done >= most:
-            return torch.tensor(alphas).double(), torch.tensor(betas).double(), found, 0.0 if ended else beta
+            return (
+                torch.tensor(alphas, dtype=torch.float64),
+                torch.tensor(betas, dtype=torch.float64),
+                found,
+                0.0 if ended else beta,
+            )
         if steps is None and done >= min(size, k + 2) and done % 5 == 0 and not ended:
             matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
             side = torch.tensor(betas, dtype=torch.float64)
             values, vectors = torch.linalg.eigh(matrix + torch.diag(side, 1) + torch.diag(side, -1))
             if float((beta * vectors[-1, -k:]).abs().max()) <= tol * float(values.abs().max()):
-                return torch.tensor(alphas).double(), side, found, beta
+                return torch.tensor(alphas, dtype=torch.float64), side, found, beta
         betas.append(0.0 if ended else beta)
         v = start(found) if ended else w / beta

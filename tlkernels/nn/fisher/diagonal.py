@@ -38,8 +38,6 @@ class Sums:
         self.now = {
             name: torch.zeros_like(t, dtype=accumulator(t.dtype), requires_grad=False) for name, t in like.items()
         }
-        for name, t in self.now.items():  # the ops write along rows
-            self.now[name] = t.contiguous()
         self.total: dict[str, Tensor] = {}
         self.batches = 0
 
@@ -84,7 +82,8 @@ class Sums:
             for name, t in state[part].items():
                 if t.shape != self.now[name].shape:
                     raise ValueError(
-                        f"{op}: state_dict has {name!r} of shape {tuple(t.shape)}; expected {tuple(self.now[name].shape)}"
+                        f"{op}: state_dict has {name!r} of shape {tuple(t.shape)}; expected "
+                        f"{tuple(self.now[name].shape)}"
                     )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,8 +153,8 @@ class Accumulation:
 
     def _is_broken(self) -> RuntimeError:
         return RuntimeError(
-            f"{self._op}: an accumulation was interrupted in the middle of a batch, of which a part was added; call reset "
-            "or load_state_dict"
+            f"{self._op}: an accumulation was interrupted in the middle of a batch, of which a part was added; "
+            "call reset or load_state_dict"
         )
 
     def _ready(self) -> None:

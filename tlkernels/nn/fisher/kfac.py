@@ -499,7 +499,8 @@ class EKFAC(KFAC):
         """
         if iter(loader) is loader:
             raise TypeError(
-                f"{self._op}: loader is a {type(loader).__name__}, which can be read once; expected a list or DataLoader"
+                f"{self._op}: loader is a {type(loader).__name__}, which can be read once; expected a list or "
+                "a DataLoader"
             )
         self.accumulate(loader, progress=progress)
         return self.correct(loader, progress=progress)
