@@ -108,23 +108,70 @@ struct SumSquares {
     }
 };
 
-// The products of all samples, sample(n) = their terms, block by block of one m x n: `batch` of these (the groups of a
-// convolution), each by one thread, so that their functors may add to the same place.
+// The products of all samples, sample(b, n) = their terms, block by block of one m x n: `batch` of these (the groups of
+// a convolution), each block by one thread, so that functors may add to the same place.
 template <class T, int Vecs, class Sample>
-void each_sample(int64_t batch, int64_t m, int64_t n, int64_t samples, int64_t work, Parallel parallel,
-                 const Sample& sample) {
+void each_sample(int64_t batch, int64_t m, int64_t n, int64_t samples, int64_t most_tokens, int64_t work,
+                 Parallel parallel, const Sample& sample) {
     using Operands = decltype(sample(0, 0));
-    const Cut c = cut<T, Vecs>(m, 0, n, false, sample(0, 0));
-    parallel_for(parallel, batch * c.blocks(), ceil_div(kSmallWork, work / (batch * c.blocks()) + 1),
-                 [&](int64_t first, int64_t last) {
-                     Blocks<T> blocks(c, decltype(Operands::a)::run, decltype(Operands::b)::depth);
-                     for (int64_t u = first; u < last; ++u) {
-                         const int64_t b = u / c.blocks(), index = u % c.blocks();
-                         const int64_t i = index % c.row_blocks() * c.rows, j = index / c.row_blocks() * c.cols;
-                         for (int64_t s = 0; s < samples; ++s)
-                             add_term<T, Vecs, false>(sample(b, s), c, i, j, nullptr, false, blocks);
-                     }
-                 });
+    using A = decltype(Operands::a);
+    constexpr int64_t width = Vecs * Vec::size, rows_of_tile = Vecs == 1 ? kNarrowRows : kTileRows;
+    Cut c = cut<T, Vecs>(m, 0, n, false, sample(0, 0));
+    const auto grain = [&] { return ceil_div(kSmallWork, work / (batch * c.blocks()) + 1); };
+    if (most_tokens > kDepth * T::per_word) {
+        parallel_for(parallel, batch * c.blocks(), grain(), [&](int64_t first, int64_t last) {
+            Blocks<T> blocks(c, A::run, decltype(Operands::b)::depth);
+            for (int64_t u = first; u < last; ++u) {
+                const int64_t b = u / c.blocks(), index = u % c.blocks();
+                const int64_t i = index % c.row_blocks() * c.rows, j = index / c.row_blocks() * c.cols;
+                for (int64_t s = 0; s < samples; ++s)
+                    add_term<T, Vecs, false>(sample(b, s), c, i, j, nullptr, false, blocks);
+            }
+        });
+        return;
+    }
+    // Products of one panel's depth are squared panel by panel, so a block needs room for itself and one side alone: it
+    // can be larger, and what it packs is used more often.
+    constexpr int64_t side = 384, kPanels = 16384, pad = Blocks<T>::pad;
+    const int64_t most_words = ceil_div(most_tokens, T::per_word);
+    c.rows = round_up(ceil_div(m, ceil_div(m, side)), rows_of_tile);
+    c.cols = round_up(
+        ceil_div(n, max(ceil_div(n, side), min(ceil_div(kUnits, batch * c.row_blocks()), ceil_div(n, 2 * width)))),
+        width);
+    parallel_for(parallel, batch * c.blocks(), grain(), [&](int64_t first, int64_t last) {
+        const int64_t stride = most_words + pad;
+        const int64_t group = max(width, min(c.cols, kPanels / max<int64_t>(1, most_words) / width * width));
+        Scratch<typename T::word> rows_of_a(c.rows * stride), panels(most_words * group);
+        Scratch<float> product(c.rows * width);
+        for (int64_t u = first; u < last; ++u) {
+            const int64_t b = u / c.blocks(), index = u % c.blocks();
+            const int64_t i = index % c.row_blocks() * c.rows, j = index / c.row_blocks() * c.cols;
+            const int64_t rows = min(c.rows, m - i), end = min(n, j + c.cols);
+            for (int64_t s = 0; s < samples; ++s) {
+                const auto term = sample(b, s);
+                if (term.k == 0) continue;
+                const typename T::word* a = nullptr;
+                int64_t a_stride = stride;
+                if constexpr (requires { term.a.in_place(i, 0, term.k); }) {
+                    a = term.a.in_place(i, 0, term.k);
+                    if (a != nullptr) a_stride = term.a.word_stride();
+                }
+                if (a == nullptr) {
+                    term.a.pack_rows(i, rows, 0, term.k, rows_of_a, stride);
+                    a = rows_of_a;
+                }
+                const int64_t words = ceil_div(term.k, T::per_word);
+                for (int64_t from = j; from < end; from += group) {
+                    const int64_t until = min(end, from + group);
+                    term.b.template pack_panels<int(width)>(from, until - from, 0, term.k, panels);
+                    for (int64_t col = from; col < until; col += width) {
+                        multiply<T, Vecs>(rows, a, a_stride, panels + (col - from) * words, words, product, false);
+                        term.after(i, rows, col, min(width, until - col), product, width);
+                    }
+                }
+            }
+        }
+    });
 }
 
 // x^2 times the weight of its row
@@ -141,7 +188,7 @@ struct SquaredWeighted {
 constexpr int kFewRows = kTileRows / 2;
 // Up to how many tokens that pays: pairs of bfloat16 are multiplied at once where there are enough to fill them.
 template <class In>
-constexpr int64_t few_tokens = is_same<typename Arithmetic<In>::type, Fp32> ? 12 : 8;
+constexpr int64_t few_tokens = is_same<typename Arithmetic<In>::type, Fp32> ? 16 : 8;
 
 // f[rows][width] += weight (sum over the sample's tokens)^2, samples one after another along k
 template <int Rows>
@@ -228,11 +275,12 @@ template <int Vecs, class In>
 void linear_squares(const In* act, const In* grad, const Samples& samples, int64_t out, int64_t in, float* f,
                     Parallel parallel) {
     using T = typename Arithmetic<In>::type;
-    each_sample<T, Vecs>(1, out, in, samples.count, all_tokens(samples) * out * in, parallel, [&](int64_t, int64_t n) {
-        const int64_t at = first_token(samples, n);
-        return Term{tokens_of(samples, n), AcrossK<T, In>{grad + at * out, out}, AcrossK<T, In>{act + at * in, in},
-                    AddSquares{f, in, weight_of(samples, n)}};
-    });
+    each_sample<T, Vecs>(1, out, in, samples.count, longest(samples), all_tokens(samples) * out * in, parallel,
+                         [&](int64_t, int64_t n) {
+                             const int64_t at = first_token(samples, n);
+                             return Term{tokens_of(samples, n), AcrossK<T, In>{grad + at * out, out},
+                                         AcrossK<T, In>{act + at * in, in}, AddSquares{f, in, weight_of(samples, n)}};
+                         });
 }
 
 }  // namespace
@@ -367,7 +415,7 @@ void conv_squares(const In* act, const In* grad, const Samples& samples, const C
     const int64_t positions = conv.out_height * conv.out_width, area = conv.height * conv.width;
     const int64_t outs = conv.out_channels / conv.groups, channels = conv.channels / conv.groups;
     const int64_t places = channels * conv.kernel[0] * conv.kernel[1];
-    each_sample<T, Vecs>(conv.groups, outs, places, samples.count,
+    each_sample<T, Vecs>(conv.groups, outs, places, samples.count, positions,
                          samples.count * conv.out_channels * places * positions, parallel, [&](int64_t b, int64_t n) {
                              const In* of_group = act + (n * conv.channels + b * channels) * area;
                              const In* g = grad + (n * conv.out_channels + b * outs) * positions;

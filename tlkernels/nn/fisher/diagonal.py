@@ -35,8 +35,8 @@ class Sums:
     """
 
     def __init__(self, like: Mapping[str, Tensor]) -> None:
-        self.now = {
-            name: torch.zeros_like(t, dtype=accumulator(t.dtype), requires_grad=False) for name, t in like.items()
+        self.now = {  # in rows, whatever the memory format of the parameters
+            name: torch.zeros(t.shape, dtype=accumulator(t.dtype), device=t.device) for name, t in like.items()
         }
         self.total: dict[str, Tensor] = {}
         self.batches = 0
