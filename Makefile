@@ -25,7 +25,8 @@ $(VENV)/.packages: constraints.txt pyproject.toml
 	$(PIP) install -q -c constraints.txt torch==2.13.0 setuptools wheel cmake ninja pybind11
 	TLKERNELS_NO_EXT=1 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch lightly pytorch-adapt skada geomloss \
-	    pykeops keopscore alibi-detect
+	    pykeops keopscore alibi-detect backpack-for-pytorch unfoldNd einops curvlinops-for-pytorch einconv \
+	    linear_operator jaxtyping wadler_lindig opt_einsum nngeometry opacus avalanche-lib
 	touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 #: Families by name; each is a module of this package with an object `FAMILY`.
-FAMILIES = ("contrastive", "coral", "gemm", "lora", "mmd", "nf4")
+FAMILIES = ("contrastive", "coral", "fisher", "gemm", "gradgram", "lora", "mmd", "nf4")
 
 #: A product whose relative error exceeds this is wrong. Twice and more what rounding the result to the dtype and
 #: accumulating in another order costs, and below what a computation in a narrower dtype does: a float32 product done

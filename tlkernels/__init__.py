@@ -14,9 +14,11 @@ __all__ = ["__version__", "numpy"]
 
 if importlib.util.find_spec("torch") is not None:
     from tlkernels import nn, ops
+    from tlkernels.nn.fisher import EKFAC, KFAC, FisherDiagonal, GaussNewton, fisher_spectrum
     from tlkernels.nn.quantize import memory_report, quantize_model
     from tlkernels.ops._registry import backend, backends
 
+    __all__ += ["EKFAC", "KFAC", "FisherDiagonal", "GaussNewton", "fisher_spectrum"]
     __all__ += ["backend", "backends", "memory_report", "nn", "ops", "quantize_model"]
 
 

@@ -60,10 +60,11 @@ def loop(
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 1e-10) -> None:
     assert list(found) == list(expected)
+    rounding = (limit * max(float(t.max()) for t in expected.values()) ** 0.5) ** 2  # of gradients that are zero
     for name, want in expected.items():
         assert found[name].shape == want.shape, name
         error = float((found[name].double() - want).abs().max())
-        assert error <= limit * float(want.abs().max()) + 1e-25, f"{name}: {error}"
+        assert error <= limit * float(want.abs().max()) + rounding, f"{name}: {error}"
 
 
 def fisher(model: nn.Module, data: Iterable[Any], **options: Any) -> FisherDiagonal:
@@ -182,6 +183,7 @@ KERNEL_MODELS: dict[str, tuple[Callable[[], nn.Module], list[Batch]]] = {
     ),
     "positions [T]": (LanguageModel, [tokens(4), tokens(2, seed=3), tokens(5, seed=4), tokens(1, seed=5)]),
     "positions [1, T]": (lambda: LanguageModel("broadcast"), [tokens(4), tokens(1, seed=3)]),
+    "as many positions as samples": (LanguageModel, [tokens(4, t=2), tokens(5, t=5)]),
     "checkpoint": (lambda: LanguageModel(mode="saved"), [tokens(4)]),
     "reentrant checkpoint": (lambda: LanguageModel(mode="reentrant"), [tokens(4)]),
     "flat and time-first": (Flattened, [(correlated(4, 6, 4), labels(4, 6)), (correlated(6, 6, 4), labels(6, 6))]),
@@ -218,13 +220,13 @@ def test_float32_and_memory_format(backend: str) -> None:
 def test_squares_of_tokens_or_batches_are_something_else() -> None:
     """The data tells right from wrong: the usual mistakes are far off."""
     model = build(mlp)
-    data = [(correlated(4, 6, 4), labels(4, 6))]
+    data = [(correlated(4, 6, 4), labels(4, 1).expand(4, 6))]
     exact = fisher(model, data).diagonal()["0.weight"]
     by_token = loop(model, [(data[0][0].flatten(0, 1), data[0][1].flatten())])["0.weight"] * 6
-    assert float((by_token / exact).median()) < 0.5
+    assert float((by_token / exact).nanmedian()) < 0.5
     token_sum(model(data[0][0]), data[0][1]).div(4).backward()
     batch_mean = next(iter(model.parameters())).grad.square()
-    assert float((batch_mean / exact).median()) < 0.9
+    assert float((batch_mean / exact).nanmedian()) < 0.5
 
 
 # ---- other routes ---------------------------------------------------------------------------------------------------
@@ -839,15 +841,16 @@ BAD_CALLS: dict[str, tuple[Callable[[nn.Module, Batch], Any], type[Exception], s
     "rows": (lambda m, b: fisher(m, [(b[0][:3], b[1])]), ValueError, "tensors of 3 and 4 rows"),
     "labels": (lambda m, b: fisher(m, [(b[0], b[1] + 3)]), ValueError, "labels hold [345]; expected 0 to 2"),
     "negative": (lambda m, b: fisher(m, [(b[0], b[1] - 3)]), ValueError, "labels hold -[123]; expected 0 to 2"),
-    "label shape": (lambda m, b: fisher(m, [(b[0], b[1][:, None])]), ValueError, r"labels have shape \(4, 1\)"),
+    "label shape": (lambda m, b: fisher(m, [(b[0], b[1][:, None])]), ValueError, r"labels have shape \(\d, 1\)"),
     "no labels": (lambda m, b: fisher(m, [b[0]]), ValueError, "labels are missing"),
-    "mse": (lambda m, b: fisher(m, [b], loss="mse"), ValueError, r"labels have shape \(4,\); expected \(4, 3\)"),
+    "mse": (lambda m, b: fisher(m, [b], loss="mse"), ValueError, r"labels have shape \(\d,\); expected \(\d, 3\)"),
     "scalar": (lambda m, b: fisher(m, [b], loss=token_sum), ValueError, "loss returned a scalar"),
-    "rows of loss": (lambda m, b: fisher(m, [b], loss=lambda o, y: o[0]), ValueError, r"loss returned shape \(3,\)"),
+    "loss rows": (lambda m, b: fisher(m, [b], loss=lambda o, y: o[0]), ValueError, r"loss returned shape \(3,\)"),
     "no tensor of loss": (lambda m, b: fisher(m, [b], loss=lambda o, y: 1.0), TypeError, "loss returned a float"),
     "forward": (lambda m, b: fisher(m, [b], forward=lambda m, b: m(b[0])), TypeError, "forward returned a Tensor"),
     "output": (
-        lambda m, b: fisher(m, [b], forward=lambda m, b: (m(b[0]).sum(0), b[1])), ValueError, r"output has shape \(3,\)",
+        lambda m, b: fisher(m, [b], forward=lambda m, b: (m(b[0]).sum(0), b[1])), ValueError,
+        r"output has shape \(3,\)",
     ),
     "empty": (lambda m, b: fisher(m, []).diagonal(), RuntimeError, "nothing was accumulated"),
 }  # fmt: skip
@@ -907,21 +910,15 @@ def test_nngeometry() -> None:
     from nngeometry.object import PMatDiag
     from torch.utils.data import DataLoader, TensorDataset
 
-    model = build(lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
-    x, y = correlated(6, 4), labels(6)
-    try:
-        matrix = FIM(
-            model=model, loader=DataLoader(TensorDataset(x, y), batch_size=3), representation=PMatDiag, n_output=3,
-            variant="classif_logits", device="cpu",
-        )  # fmt: skip
-    except TypeError:
-        matrix = FIM(
-            model=model, loader=DataLoader(TensorDataset(x, y), batch_size=3), representation=PMatDiag,
-            variant="classif_logits",
-        )  # fmt: skip
+    model = build(lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), dtype=torch.float32)
+    x, y = correlated(6, 4).float(), labels(6)
+    matrix = FIM(
+        model=model, loader=DataLoader(TensorDataset(x, y), batch_size=3), representation=PMatDiag,
+        variant="classif_logits",
+    )  # fmt: skip
     found = fisher(model, [(x, y)], kind="exact").diagonal()
     flat = matrix.get_diag()
     assert flat.numel() == sum(t.numel() for t in found.values())
     # its layers give bias or weight first: the same numbers in any order
     ours = torch.cat([t.flatten() for t in found.values()])
-    assert float((ours.sort().values - flat.double().sort().values).abs().max()) < 1e-9
+    assert float((ours.sort().values - flat.sort().values).abs().max()) < 1e-6

@@ -1,14 +1,20 @@
-"""Modules over the ops: 4-bit layers, adapted layers, contrastive losses, distances between batches."""
+"""Modules over the ops: 4-bit layers, adapted layers, contrastive losses, distances between batches,
+and the Fisher information of a model."""
 
 from tlkernels.nn.contrastive import CLIPLoss, InfoNCELoss, NTXentLoss, SigLIPLoss, SupConLoss
 from tlkernels.nn.discrepancy import CORALLoss, JointMMDLoss, LocalMMDLoss, MMDLoss
+from tlkernels.nn.fisher import EKFAC, KFAC, FisherDiagonal, GaussNewton, fisher_spectrum
 from tlkernels.nn.lora import DoRALinear, LoRAConv2d, LoRAEmbedding, LoRALinear
 from tlkernels.nn.nf4 import NF4Embedding, NF4Linear
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "CLIPLoss",
     "CORALLoss",
     "DoRALinear",
+    "FisherDiagonal",
+    "GaussNewton",
     "InfoNCELoss",
     "JointMMDLoss",
     "LoRAConv2d",
@@ -21,4 +27,5 @@ __all__ = [
     "NTXentLoss",
     "SigLIPLoss",
     "SupConLoss",
+    "fisher_spectrum",
 ]

@@ -1,5 +1,20 @@
 """The ops: one module per family. Each holds the equation, the reference, the schema, the gradient, the function."""
 
+from tlkernels.ops._gram_solvers import (
+    agem_coefficient,
+    aligned_weights,
+    cagrad_weights,
+    config_weights,
+    dualproj_weights,
+    fairgrad_weights,
+    gem_weights,
+    gradvac_weights,
+    imtl_g_weights,
+    mgda_weights,
+    nash_weights,
+    pcgrad_weights,
+    upgrad_weights,
+)
 from tlkernels.ops._registry import load_libraries
 from tlkernels.ops.contrastive import (
     SimLSE,
@@ -71,6 +86,10 @@ __all__ = [
     "SimLSE",
     "absmax_dequantize",
     "absmax_quantize",
+    "agem_coefficient",
+    "aligned_weights",
+    "cagrad_weights",
+    "config_weights",
     "coral",
     "coral_whiten",
     "covariance",
@@ -82,9 +101,14 @@ __all__ = [
     "diag_fisher_lora_",
     "diag_fisher_norm_",
     "dora_weight_norm",
+    "dualproj_weights",
     "ekfac_diag_linear_",
+    "fairgrad_weights",
     "feature_histogram",
+    "gem_weights",
+    "gradvac_weights",
     "importance_accum_",
+    "imtl_g_weights",
     "info_nce",
     "joint_mk_mmd2",
     "kernel_bandwidth",
@@ -99,9 +123,11 @@ __all__ = [
     "lse_merge",
     "mean_sqdist",
     "median_sqdist",
+    "mgda_weights",
     "mk_mmd2",
     "mmd2_linear",
     "mmd2_permutation",
+    "nash_weights",
     "nf4_dequantize",
     "nf4_embedding",
     "nf4_linear",
@@ -109,6 +135,7 @@ __all__ = [
     "nf4_quantize",
     "nt_xent",
     "pairwise_sqdist",
+    "pcgrad_weights",
     "per_sample_sqnorm_linear",
     "quad_penalty",
     "quad_penalty_grad_",
@@ -119,6 +146,7 @@ __all__ = [
     "task_combine",
     "task_combine_",
     "task_gram",
+    "upgrad_weights",
 ]
 
 load_libraries()

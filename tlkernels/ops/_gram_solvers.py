@@ -58,6 +58,8 @@ R = TypeVar("R")
 #: matrix: rounding, even of gradients in bfloat16, does less.
 ASYMMETRY = 1e-4
 NEGATIVE = 1e-3
+EPS = float(np.finfo(np.float64).eps)
+FAIR = (0.05, 20.0)
 
 
 def _eager(function: Callable[P, R]) -> Callable[P, R]:
@@ -172,11 +174,11 @@ def _preference(op: str, preference: Tensor | Sequence[float] | None, tasks: int
     return out
 
 
-def _number(op: str, name: str, value: float, low: float, *, above: bool = False) -> float:
+def _number(op: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}; expected a number")
-    if not (math.isfinite(value) and (value > low if above else value >= low)):
-        raise ValueError(f"{op}: {name} is {value}; expected {'>' if above else '>='} {low:g}, finite")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{op}: {name} is {value}; expected >= 0, finite")
     return float(value)
 
 
@@ -191,18 +193,19 @@ def _orders(
 ) -> NDArray[np.intp]:
     if orders is None:
         device = "cpu" if generator is None else generator.device
-        rows = [torch.randperm(tasks, generator=generator, device=device) for _ in range(tasks)]
-        return torch.stack(rows).cpu().numpy().astype(np.intp)
+        drawn = [torch.randperm(tasks, generator=generator, device=device) for _ in range(tasks)]
+        return torch.stack(drawn).cpu().numpy().astype(np.intp)
     if generator is not None:
         raise ValueError(f"{op}: got orders and generator; expected one of them")
+    rows = orders.cpu().tolist() if isinstance(orders, Tensor) else orders
     try:
-        order = np.array(orders.cpu().tolist() if isinstance(orders, Tensor) else orders)
+        order = np.array(rows)
         right = order.dtype.kind == "i" and bool((np.sort(order, 1) == np.arange(tasks)).all())
         right = right and order.shape == (tasks, tasks)
     except ValueError:  # ragged, of one dimension, or of other sizes
         right = False
     if not right:
-        raise ValueError(f"{op}: orders is {orders}; expected {tasks} permutations of 0 to {tasks - 1}")
+        raise ValueError(f"{op}: orders is {rows}; expected {tasks} permutations of 0 to {tasks - 1}")
     return order.astype(np.intp)
 
 
@@ -238,7 +241,7 @@ def _nonnegative(h: Array, q: Array, eps: float) -> tuple[Array, NDArray[np.bool
     inside = np.zeros(n, np.bool_)
     dependent = 4 * n * eps
     largest = float(np.abs(q).max())
-    rounding = 2 * n * float(np.finfo(np.float64).eps)
+    rounding = 2 * n * EPS
     for _ in range(10 * n + 50):  # the objective falls at every turn, so no active set recurs; this is for rounding
         entering = np.where(inside | (diagonal <= dependent), -np.inf, last)
         j = int(entering.argmax())
@@ -485,7 +488,7 @@ def cagrad_weights(gram: Tensor, c: float = 0.4, *, rescale: Literal[0, 1, 2] = 
     """
     op = "cagrad_weights"
     g = _read(op, gram)
-    c = _number(op, "c", c, 0.0)
+    c = _number(op, "c", c)
     _choice(op, "rescale", rescale, (0, 1, 2))
     weights = np.full(g.tasks, 1.0 / g.tasks)
     if c > 0 and g.active.size:
@@ -510,7 +513,8 @@ def _cagrad_step(g: _Gram, c: float) -> Array:
     if stationary:
         u = g.length / n
         step = g.every((_raise_to_dual_cone(g.cosine, u, g.eps) - u) / g.length)
-        if float(step @ products @ step) <= radius * (1 + 1e-12):
+        terms = float(np.abs(step[g.active]) @ g.length)
+        if float(step @ products @ step) <= radius + tiny * terms**2:
             return step
     # The root l of |g_w(l)| = l sqrt(radius) lies between these; the left-hand side grows slower than l
     low = 0.0 if stationary else math.sqrt(shortest / radius)
@@ -534,7 +538,10 @@ def _cagrad_step(g: _Gram, c: float) -> Array:
         if abs(fits - at) <= 1e-13 * at or high - low <= 1e-14 * high:
             break
         at = fits if low < fits < high else math.sqrt(max(low, 1e-9 * high) * high)
-    return w * math.sqrt(radius / float(w @ products @ w))
+    square = float(w @ products @ w)
+    if square <= tiny * float(w[g.active] @ g.length) ** 2:  # no digit left in it
+        return w / at
+    return w * math.sqrt(radius / square)
 
 
 # ---- equations ------------------------------------------------------------------------------------------------------
@@ -555,6 +562,7 @@ def _fair(g: _Gram, alpha: float, op: str) -> Array:
     root = np.sqrt(k)
     m = root[:, None] * g.cosine * root
     y = np.full(n, (k.sum() / max(float(m.sum()), 1e-12 * float(k.sum()))) ** (1 / (1 + power)))
+    absolute = np.abs(m)
     best, found, stalled, settled = math.inf, y, 0, False
     # Newton's method for the minimum of y'My / 2 - sum k psi(y), psi' = y^-power: strictly convex
     for _ in range(1000):
@@ -570,8 +578,10 @@ def _fair(g: _Gram, alpha: float, op: str) -> Array:
         gradient = left - right
         step = -np.linalg.solve(m + np.diag(power * right / y), gradient)
         descent = float(step @ gradient)
-        # twice what is left to gain; a product of a small gradient with a large sum may have no correct digit by now
-        settled = -descent <= 1e-24 * float(right @ y)
+        # twice what is left to gain, and what of it rounding of the products makes: near a stationary point, where
+        # large terms cancel in them, few digits are left
+        noise = float(((EPS * (absolute @ y)) ** 2 * y / right).sum()) / power
+        settled = -descent <= 1e-24 * float(right @ y) + 64 * n * noise
         if descent >= 0 or (settled and stalled > 3):
             break
         shrinking = step < 0
@@ -637,7 +647,7 @@ def fairgrad_weights(gram: Tensor, alpha: float = 1.0) -> Tensor:
     ----------
     gram : Tensor [T, T], float32 or float64
         Inner products of the tasks' gradients, on any device.
-    alpha : float > 0
+    alpha : float in [0.05, 20]
         Kind of fairness: towards 0 the sum of the gradients, 1 proportional (Nash-MTL), 2 minimal potential delay,
         larger ones towards the worst-served task.
 
@@ -652,7 +662,7 @@ def fairgrad_weights(gram: Tensor, alpha: float = 1.0) -> Tensor:
     TypeError
         If `gram` is no float32 or float64 tensor, or `alpha` no number.
     ValueError
-        If `gram` is not square, not finite, or no matrix of inner products; if `alpha` is not above 0.
+        If `gram` is not square, not finite, or no matrix of inner products; if `alpha` is not in [0.05, 20].
     RuntimeError
         If Newton's method finds no weights, which takes a nearly singular `gram`.
 
@@ -668,7 +678,10 @@ def fairgrad_weights(gram: Tensor, alpha: float = 1.0) -> Tensor:
     Hao Ban, Kaiyi Ji. *Fair Resource Allocation in Multi-Task Learning.* ICML 2024, arXiv:2402.15638.
     """
     op = "fairgrad_weights"
-    return _fairest(op, gram, _number(op, "alpha", alpha, 0.0, above=True))
+    alpha = _number(op, "alpha", alpha)
+    if not FAIR[0] <= alpha <= FAIR[1]:  # weights, or what they are powers of, would leave the range of float64
+        raise ValueError(f"{op}: alpha is {alpha}; expected a number in [{FAIR[0]}, {FAIR[1]}]")
+    return _fairest(op, gram, alpha)
 
 
 def _fairest(op: str, gram: Tensor, alpha: float) -> Tensor:
@@ -971,7 +984,7 @@ def gradvac_weights(
     """
     op = "gradvac_weights"
     g = _read(op, gram)
-    if _number(op, "beta", beta, 0.0) > 1:
+    if _number(op, "beta", beta) > 1:
         raise ValueError(f"{op}: beta is {beta}; expected a number in [0, 1]")
     _choice(op, "reduction", reduction, ("sum", "mean"))
     usual = _targets(op, targets, g.tasks)
@@ -1069,7 +1082,7 @@ def gem_weights(gram_memory: Tensor, products: Tensor, margin: float = 0.0) -> T
     p: Array = products.detach().cpu().double().numpy()
     if not np.isfinite(p).all():
         raise ValueError(f"{op}: products has a NaN or an infinity; expected finite inner products")
-    margin = _number(op, "margin", margin, 0.0)
+    margin = _number(op, "margin", margin)
     weights = np.full(g.tasks, margin)
     if g.active.size:
         norms = g.length * g.scale

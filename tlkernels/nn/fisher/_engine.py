@@ -10,6 +10,7 @@ each parameter's squared gradients have to equal those of a plain loop.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -237,13 +238,13 @@ class Engine:
     # ---- the parameters that no kernel serves
 
     def _slow(self, samples: Samples, probe: Probe, acc: Squares) -> None:
-        self.taps.active = False
         names = [name for name in self.slow if name in acc]
         if not names or self.tier == "skipped":
             return
         if self.tier == "vmap":
             try:
-                self._vmap(samples, probe, names, acc)
+                with self.taps.paused():
+                    self._vmap(samples, probe, names, acc)
                 return
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
                 # what torch.func cannot do (data-dependent branches, checkpoints, ops without a batching rule); an
@@ -293,15 +294,15 @@ class Engine:
 
     def _plain(self, batch: Any, probe: Probe, aux: Tensor | None, names: Iterable[str]) -> dict[str, Tensor]:
         """The gradients of a batch by an ordinary backward pass; parameters without one are left out."""
-        self.taps.active = False
         parameters = {name: self.wanted[name] for name in names}
         try:
             for p in parameters.values():
                 p.requires_grad_(True)
-            output, target = self._call(batch)
-            value = probe.value(output, target, aux)
-            if value.requires_grad:
-                value.backward()
+            with self.taps.paused():
+                output, target = self._call(batch)
+                value = probe.value(output, target, aux)
+                if value.requires_grad:
+                    value.backward()
             grads = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
             return {name: g.to_dense() if g.is_sparse else g for name, g in grads.items()}
         finally:
@@ -322,8 +323,9 @@ class Engine:
         part = samples.part(samples.two())
         n = part.n
         taps = self.taps
-        taps.active = False
-        with torch.no_grad():
+        taps.stop()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # checkpoints without gradients
             output, target = self._call(part.batch)
         self.loss.check(output, target, n)
         probe = Probe(self.loss)
@@ -377,7 +379,8 @@ class Engine:
         taps = self.taps
         suspects: list[Unit] = []
         reason = ""
-        for _ in range(12):
+        known: set[nn.Module] = set()  # in layouts with which the model ran
+        for _ in range(20):
             squares = self._zeros()
             try:
                 output, target = self._forward(part.batch, part.n)
@@ -388,30 +391,31 @@ class Engine:
                 taps.backward(probe.value(output, target, probe.aux), sink, retain_graph=False)
                 reason = "its gradient is not that of the layer's input and output alone"
                 wrong = set(self._wrong(squares, expected, largest, limits))
+                known = set(taps.layouts)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                repeating = [m for m, layout in taps.layouts.items() if layout in ("broadcast", "shared")]
-                if taps.reject(repeating):  # an output of another shape than the model expects
-                    continue
+                repeated = [m for m, layout in taps.layouts.items() if layout in ("broadcast", "shared")]
+                if taps.reject([m for m in repeated if m not in known] or repeated):
+                    continue  # an output of another shape than the model expects
                 reason = f"with hooks the model raises: {_first_line(error)}"
                 wrong = set(expected)
             finally:
                 taps.stop()
             for unit in taps.units:
                 if unit.failed and not unit.dead:
-                    unit.dead = unit.failed
+                    unit.dead = unit.failed if not any(m in taps.tried for m in unit.modules) else reason
             suspects = [u for u in taps.units if not u.dead and wrong.intersection(u.names)]
             if not suspects:
                 return
-            modules = [m for u in suspects for m in u.modules if m in taps.layouts]
-            doubtful = [m for m in modules if taps.layouts[m] in ("broadcast", "shared")]
+            doubtful = [m for u in suspects for m in u.modules if taps.layouts.get(m) in ("broadcast", "shared")]
             if taps.reject(doubtful):
+                known.difference_update(doubtful)
                 continue
-            for unit in suspects:  # no other layout than batch first is likely for what has batch first
-                if not taps.reject(m for m in unit.modules if taps.layouts.get(m) != "batch"):
-                    unit.dead = reason
-        else:
             for unit in suspects:
-                unit.dead = unit.dead or reason
+                known.difference_update(unit.modules)
+                if not taps.reject(unit.modules):
+                    unit.dead = reason
+        for unit in suspects:
+            unit.dead = unit.dead or reason
 
     def _limits(self, output: Any) -> tuple[float, float]:
         """(of a parameter's own largest gradient, of the model's), by the coarsest dtype in play."""

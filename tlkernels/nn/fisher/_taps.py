@@ -22,6 +22,7 @@ are guesses; they are taken only where numbers are compared afterwards.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -153,6 +154,15 @@ class Taps:
         self._sink = lambda unit, module, uses: None
         for unit in self.units:
             unit.uses = []
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """As if not there, for other passes through the model; what is retained of this one stays usable."""
+        active, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = active
 
     def backward(self, value: Tensor, sink: Sink, retain_graph: bool) -> None:
         """One backward pass; `sink` gets every unit that did not fail, once, with all of its uses."""

@@ -59,8 +59,8 @@ class Sums:
 
     def sum(self, name: str) -> Tensor:
         """The sum so far, float64."""
-        now = self.now[name].to(torch.float64)
-        return now + self.total[name] if name in self.total else now
+        now = self.now[name].to(torch.float64, copy=True)
+        return now.add_(self.total[name]) if name in self.total else now
 
     def state_dict(self) -> dict[str, Any]:
         copies = ({name: t.clone() for name, t in part.items()} for part in (self.now, self.total))
