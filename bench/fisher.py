@@ -99,6 +99,7 @@ class FisherFamily:
             Provider("materialising", False, _by(_MATERIALISING)),
             Provider("materialising compiled", False, _by({k: _later(f) for k, f in _MATERIALISING.items()})),
             Provider("loop of products", False, _by(_LOOP)),
+            Provider("ghost form", False, _by({"per_sample_sqnorm": _ghost})),
             Provider("weight gradient alone", False, _weight_gradient),
             Provider("plain backward", False, _plain_backward),
             Provider("torch.func vmap(grad)", False, _vmap_grad),
@@ -380,7 +381,7 @@ def _looped_conv(act: Tensor, grad: Tensor) -> Tensor:
     return total
 
 
-_LOOP = {"diag_fisher": _looped, "diag_fisher_conv2d": _looped_conv, "per_sample_sqnorm": _ghost}
+_LOOP = {"diag_fisher": _looped, "diag_fisher_conv2d": _looped_conv}
 
 
 def _weight_gradient(problem: Problem) -> Run | None:

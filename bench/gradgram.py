@@ -57,7 +57,7 @@ class GradgramFamily:
             for _ in range(tasks)
         ]
         flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in grads])
-        orders = [[u for u in range(tasks) if u != t] for t in range(tasks)]
+        orders = [list(range(tasks)) for _ in range(tasks)]
         step = case.op == "pcgrad_step"
 
         def wanted() -> list[Tensor]:
@@ -148,7 +148,7 @@ def _libmtl(grads: Tensor, orders: list[list[int]]) -> Tensor:
     for t, order in enumerate(orders):
         for u in order:
             inner = torch.dot(projected[t], grads[u])
-            if inner < 0:
+            if u != t and inner < 0:
                 projected[t] -= inner * grads[u] / (grads[u].norm().pow(2) + 1e-8)
     return projected.sum(0)
 

@@ -33,6 +33,9 @@ their order, and the samples in theirs. A very frequent index is a long program.
 
 *Penalties.* Terms are float32, their sums float64.
 
+Not done: a cut of long samples (a convolution with few weights and samples, of many positions, has few programs), a
+square that stays finite where ``a^2`` does not, one launch for a whole list.
+
 float64 goes to the reference. Each number has one owner; nothing is atomic: the order of additions depends on the
 shapes, the dtypes and the number of multiprocessors only. Bounds of ragged samples are copied to the device: they stop
 a CUDA graph from being captured, and embeddings wait for the host.
@@ -43,7 +46,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -160,6 +163,8 @@ def _squares_kernel(
             product = tl.dot(left, right, product, input_precision=PRECISION)
         total += _weight_of(weight, n, scale) * (product * product)
     if SUM:
+        # outside there are products of zeros, also with infinities
+        total = tl.where((o < outs)[:, None] & (i < ins)[None, :], total, 0.0)
         tl.store(out + (part * tiles + tile), tl.sum(tl.sum(total, 1), 0))
     else:
         # parts are of all groups: out is [part, group * outs, ins]
@@ -491,7 +496,8 @@ def _contiguous(t: Tensor) -> Iterator[Tensor]:
     buffer = t.contiguous()
     yield buffer
     if buffer is not t:
-        t.copy_(buffer)
+        with torch.no_grad():
+            t.copy_(buffer)
 
 
 def _cut(count: int, tiles: int, size: int, least: int, device: torch.device) -> tuple[int, int]:
@@ -594,7 +600,7 @@ def diag_fisher_linear_(
     of, weight = _Samples.of(act, sample_offsets), _weight(sample_weight)
     a, g = _loadable(act), _loadable(grad_out)
     if f_w is not None and of.one_token:
-        by = torch.full((of.count,), scale, device=g.device) if weight is None else scale * weight
+        by = torch.full((of.count,), scale, dtype=torch.float32, device=g.device) if weight is None else scale * weight
         _add_moments(f_w, g[:, 0], a[:, 0], by, 1.0, precision=_precision(act.dtype), square=True)
     elif f_w is not None:
         _add_squares(f_w, g, a, of, scale, weight)
@@ -722,9 +728,7 @@ def diag_fisher_channel_norm_(
         and all(_fits(t, (x.shape[1],), x.device) for t in (f_w, f_b, mean, rstd))
         and _fits(sample_weight, (x.shape[0],), x.device)
     ):  # fmt: skip
-        return ops._reference_channel_norm(
-            f_w, f_b, x, grad_out, mean, rstd, scale=scale, sample_weight=sample_weight
-        )
+        return ops._reference_channel_norm(f_w, f_b, x, grad_out, mean, rstd, scale=scale, sample_weight=sample_weight)
     value, g = (_loadable(t).transpose(1, 2) for t in (x, grad_out))  # [N, positions, channels]
     of = _Samples(g.shape[0], g.shape[1], None)
     _add_columns(

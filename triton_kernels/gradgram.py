@@ -4,8 +4,8 @@ Computes what the references in `tlkernels.ops.gradgram` say. Both kernels read 
 cost: 2 T P bytes in 16 bits, and 2 R P written. Not yet measured on a GPU.
 
 *Many tensors.* A table on the device has the address of each tensor, 0 where a task has none, another the tensor and
-the first element of each program: a launch for each dtype, however many parameters there are. The tables are made on
-the host and copied: a call cannot be captured in a CUDA graph.
+the first element of each program: a launch for each dtype, and one for sizes that 16 does not divide, however many
+parameters there are. The tables are made on the host and copied: a call cannot be captured in a CUDA graph.
 
 *Gram.* A program multiplies 16384 elements of up to 64 tasks with those of up to 64, in runs of 2048 that are summed
 in float32 and added in float64. 16-bit products are exact, float32 keeps its bits. The programs' sums are added last,
@@ -53,6 +53,16 @@ def _addresses(table, row, rows, of, count, DTYPE: tl.constexpr, ALIGNED: tl.con
     return address != 0, pointer
 
 
+@triton.jit
+def _place(places, sizes, program, chunk, ALIGNED: tl.constexpr):
+    """Return a program's tensor, its first element and where it ends; aligned ones say so."""
+    of, first = tl.load(places + 2 * program), tl.load(places + 2 * program + 1)
+    end = tl.minimum(first + chunk, tl.load(sizes + of))
+    if ALIGNED:
+        first, end = tl.multiple_of(first, 16), tl.multiple_of(end, 16)
+    return of, first, end
+
+
 @triton.jit(do_not_specialize=["tasks", "count", "chunk"])
 def _gram_kernel(
     table, sizes, places, parts, tasks, count, chunk,
@@ -62,8 +72,9 @@ def _gram_kernel(
     across = tl.cdiv(tasks, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     tile, program = pid % (across * across), pid // (across * across)
-    of, first = tl.load(places + 2 * program), tl.load(places + 2 * program + 1)
-    end = tl.minimum(first + chunk, tl.load(sizes + of))
+    if tile // across > tile % across:  # the mirror image of another
+        return
+    of, first, end = _place(places, sizes, program, chunk, ALIGNED)
     i = tile // across * BLOCK + tl.arange(0, BLOCK)
     j = tile % across * BLOCK + tl.arange(0, BLOCK)
     has_x, x = _addresses(table, i, tasks, of, count, DTYPE, ALIGNED)
@@ -79,9 +90,10 @@ def _gram_kernel(
         total += run.to(tl.float64)
     # products with a task that has no tensor are 0, also of infinities
     total = tl.where(has_x[:, None] & has_y[None, :], total, 0.0)
+    above = (i[:, None] <= j[None, :]) & (j < tasks)[None, :]
+    tl.store(parts + ((program * tasks + i)[:, None] * tasks + j[None, :]), total, mask=above)
     tl.store(
-        parts + ((program * tasks + i)[:, None] * tasks + j[None, :]), total,
-        mask=(i < tasks)[:, None] & (j < tasks)[None, :],
+        parts + ((program * tasks + j)[None, :] * tasks + i[:, None]), total, mask=above & (i[:, None] < j[None, :])
     )  # fmt: skip
 
 
@@ -95,8 +107,7 @@ def _combine_kernel(
     pid = tl.program_id(0).to(tl.int64)
     r = pid % across * RESULTS + tl.arange(0, RESULTS)
     program = pid // across
-    of, first = tl.load(places + 2 * program), tl.load(places + 2 * program + 1)
-    end = tl.minimum(first + chunk, tl.load(sizes + of))
+    of, first, end = _place(places, sizes, program, chunk, ALIGNED)
     _, out = _addresses(out_table, r, results, of, count, DTYPE, ALIGNED)
     for start in range(first, end, STEP):
         k = start + tl.arange(0, STEP)
@@ -105,7 +116,7 @@ def _combine_kernel(
         if ACCUMULATE:
             total = tl.load(out[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
         for t in range(0, tasks):
-            address = tl.load(table + t.to(tl.int64) * count + of)
+            address = tl.load(table + (of + t * count))
             if address != 0:
                 pointer = address.to(tl.pointer_type(DTYPE))
                 if ALIGNED:
@@ -148,7 +159,7 @@ class _Many:
         first = np.concatenate([np.arange(n) for n in programs]) * _CHUNK
         self.programs, self.count, self.device = len(of), len(sizes), device
         addresses = [[t.data_ptr() if t.numel() else 0 for t in row] for row in rows]
-        self.aligned = all(a % 16 == 0 for row in addresses for a in row)
+        self.aligned = all(a % 16 == 0 for row in (*addresses, sizes) for a in row)
         self.table = torch.tensor(addresses, dtype=torch.int64).to(device)
         self.sizes = torch.tensor(list(sizes), dtype=torch.int64).to(device)
         self.places = torch.from_numpy(np.stack([of, first], 1).astype(np.int64)).to(device)
@@ -162,14 +173,17 @@ class _Many:
 def _by_dtype(
     grads: Sequence[Tensor], tasks: int, like: Sequence[Tensor] | None = None
 ) -> list[tuple[torch.dtype, list[int]]]:
-    """Parameters that have elements, by the kernels' dtype; without `like` those that a task has."""
+    """Parameters that have elements, by the kernels' dtype; without `like` those that a task has.
+
+    Those whose size a wide word does not divide are on their own, so that the others can be read in wide words.
+    """
     count = len(grads) // tasks
-    found: dict[torch.dtype, list[int]] = {}
+    found: dict[tuple[torch.dtype, bool], list[int]] = {}
     for p in range(count):
         some = next((g for g in grads[p::count] if g.numel()), None) if like is None else like[p]
         if some is not None and some.numel():
-            found.setdefault(nf4._kernel_dtype(some.dtype), []).append(p)
-    return list(found.items())
+            found.setdefault((nf4._kernel_dtype(some.dtype), some.numel() % 16 == 0), []).append(p)
+    return [(dtype, of) for (dtype, _), of in found.items()]
 
 
 def task_gram(grads: Sequence[Tensor], tasks: int) -> Tensor:

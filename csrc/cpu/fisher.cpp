@@ -353,6 +353,17 @@ void TLK_LEVEL::per_sample_sqnorm(const void* act, const void* grad, Dtype dtype
 
 namespace {
 
+// out[n] = in[n]: rows of images are short, so the last vector goes over the one before instead of by elements.
+template <class In, class Out>
+inline void copy_short(const In* in, int64_t n, Out* out) {
+    if (n < Vec::size) {
+        for (int64_t i = 0; i < n; ++i) convert(to_float(in[i]), out[i]);
+        return;
+    }
+    for (int64_t i = 0; i + Vec::size < n; i += Vec::size) store(out + i, load(in + i));
+    store(out + n - Vec::size, load(in + n - Vec::size));
+}
+
 // The patches of one sample and group as an operand: lane j is a place of the kernel (channel, vertical, horizontal),
 // and k runs over the positions of the output.
 template <class T, class In>
@@ -377,12 +388,12 @@ struct Patches {
             } else if (c.stride[1] == 1) {
                 const int64_t left = min(n, max<int64_t>(0, -x)), stop = max(left, min(n, c.width - x));
                 for (int64_t i = 0; i < left; ++i) out[i] = {};
-                convert_row(plane + y * c.width + x + left, stop - left, out + left);
+                copy_short(plane + y * c.width + x + left, stop - left, out + left);
                 for (int64_t i = stop; i < n; ++i) out[i] = {};
             } else {
                 for (int64_t i = 0; i < n; ++i, x += c.stride[1]) {
                     if (x >= 0 && x < c.width)
-                        convert_row(plane + y * c.width + x, 1, out + i);
+                        convert(to_float(plane[y * c.width + x]), out[i]);
                     else
                         out[i] = {};
                 }
@@ -415,11 +426,16 @@ void conv_squares(const In* act, const In* grad, const Samples& samples, const C
     const int64_t positions = conv.out_height * conv.out_width, area = conv.height * conv.width;
     const int64_t outs = conv.out_channels / conv.groups, channels = conv.channels / conv.groups;
     const int64_t places = channels * conv.kernel[0] * conv.kernel[1];
-    each_sample<T, Vecs>(conv.groups, outs, places, samples.count, positions,
-                         samples.count * conv.out_channels * places * positions, parallel, [&](int64_t b, int64_t n) {
-                             const In* of_group = act + (n * conv.channels + b * channels) * area;
-                             const In* g = grad + (n * conv.out_channels + b * outs) * positions;
-                             return Term{positions, AlongK<T, In>{g, positions}, Patches<T, In>{of_group, &conv},
+    const int64_t work = samples.count * conv.out_channels * places * positions;
+    const auto gradient = [&](int64_t b, int64_t n) {
+        return AlongK<T, In>{grad + (n * conv.out_channels + b * outs) * positions, positions};
+    };
+    const auto patches = [&](int64_t b, int64_t n) {
+        return Patches<T, In>{act + (n * conv.channels + b * channels) * area, &conv};
+    };
+    each_sample<T, Vecs>(conv.groups, outs, places, samples.count, positions, work, parallel,
+                         [&](int64_t b, int64_t n) {
+                             return Term{positions, gradient(b, n), patches(b, n),
                                          AddSquares{f + b * outs * places, places, weight_of(samples, n)}};
                          });
 }

@@ -110,7 +110,7 @@ class Twice(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """The output layer has the embedding's weight; position embeddings are shared by the samples."""
+    """Position embeddings are shared by the samples; blocks may be checkpointed."""
 
     def __init__(self, positions: str = "shared", mode: str | None = None) -> None:
         super().__init__()
@@ -125,6 +125,15 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             h = h + (block(h) if self.mode is None else checkpoint(block, h, use_reentrant=self.mode == "reentrant"))
         return self.head(h)
+
+
+class TiedLanguageModel(LanguageModel):
+    """The output layer has the embedding's weight, and a bias; the row of padding has a gradient as an output only."""
+
+    def __init__(self, mode: str | None = None) -> None:
+        super().__init__(mode=mode)
+        self.head = nn.Linear(6, 7)
+        self.head.weight = self.embed.weight
 
 
 class Flattened(nn.Module):
@@ -184,6 +193,8 @@ KERNEL_MODELS: dict[str, tuple[Callable[[], nn.Module], list[Batch]]] = {
     "positions [T]": (LanguageModel, [tokens(4), tokens(2, seed=3), tokens(5, seed=4), tokens(1, seed=5)]),
     "positions [1, T]": (lambda: LanguageModel("broadcast"), [tokens(4), tokens(1, seed=3)]),
     "as many positions as samples": (LanguageModel, [tokens(4, t=2), tokens(5, t=5)]),
+    "tied embedding": (TiedLanguageModel, [tokens(4), tokens(1, seed=2)]),
+    "tied embedding, checkpoints": (lambda: TiedLanguageModel("reentrant"), [tokens(4)]),
     "checkpoint": (lambda: LanguageModel(mode="saved"), [tokens(4)]),
     "reentrant checkpoint": (lambda: LanguageModel(mode="reentrant"), [tokens(4)]),
     "flat and time-first": (Flattened, [(correlated(4, 6, 4), labels(4, 6)), (correlated(6, 6, 4), labels(6, 6))]),
@@ -198,6 +209,47 @@ def test_exact(backend: str, name: str) -> None:
     assert set(routes(found).values()) == {"kernel"}, str(found.report())
     assert found.count == sum(len(y) for _, y in data)
     assert_equal(found.diagonal(), loop(model, data))
+
+
+class Checkpointed(nn.Module):
+    """A block that uses its layer twice, and is used twice, in checkpoints, maybe within another one."""
+
+    def __init__(self, mode: str | None, nested: bool = False) -> None:
+        super().__init__()
+        self.first, self.lin, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.mode, self.nested = mode, nested
+
+    def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return function(x) if self.mode is None else checkpoint(function, x, use_reentrant=self.mode == "reentrant")
+
+    def block(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.lin(torch.relu_(self.lin(x))))
+
+    def twice(self, x: Tensor) -> Tensor:
+        return self.run(self.block, self.run(self.block, x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.out(self.run(self.twice, h) if self.nested else self.twice(h))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("mode", ["saved", "reentrant"])
+def test_checkpoints(mode: str, nested: bool, verify: bool) -> None:
+    """Also where nothing before the checkpoint is asked for, or trainable."""
+    data = [(correlated(4, 5, 4), labels(4, 5))]
+    expected = loop(build(lambda: Checkpointed(None)), data)
+    model = build(lambda: Checkpointed(mode, nested))
+    found = fisher(model, data, verify=verify)
+    assert_equal(found.diagonal(), expected)
+    assert set(routes(found).values()) == {"kernel"}
+    some = fisher(model, data, verify=verify, parameters=["lin.bias"])
+    assert_equal(some.diagonal(), {"lin.bias": expected["lin.bias"]})
+    model.first.requires_grad_(False)
+    frozen = fisher(model, data, verify=verify, kind="exact").diagonal()
+    plain = fisher(build(lambda: Checkpointed(None)), data, verify=verify, kind="exact").diagonal()
+    assert_equal(frozen, {name: plain[name] for name in frozen})
 
 
 def test_first_batch_of_one_sample() -> None:
@@ -257,17 +309,19 @@ def test_transformer_encoder(batch_first: bool) -> None:
 
 
 class Odd(nn.Module):
-    """A weight that is used as a function's argument besides its layer, a parameter of the model, a tied embedding."""
+    """A weight that is used as a function's argument besides its layer, a parameter of the model, tied weights."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.lin, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7)
         self.head.weight = self.embed.weight
         self.scale = nn.Parameter(torch.ones(4))
+        self.norm, self.rms = nn.LayerNorm(4), nn.RMSNorm(4)
+        self.rms.weight = self.norm.weight
         self.unused = nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.lin(self.embed(x)) * self.scale
+        h = self.rms(self.norm(self.lin(self.embed(x)) * self.scale))
         return self.head(torch.tanh(h) @ self.lin.weight)
 
 
@@ -280,11 +334,12 @@ def test_what_no_kernel_serves(chunk_bytes: int) -> None:
     assert_equal(found.diagonal(), expected)
     assert not expected["unused.weight"].any()
     assert routes(found) == {
-        "embed.weight": "vmap", "lin.weight": "vmap", "lin.bias": "vmap", "scale": "vmap", "head.bias": "kernel",
+        "embed.weight": "kernel", "lin.weight": "vmap", "lin.bias": "vmap", "scale": "vmap", "head.bias": "kernel",
+        "norm.weight": "vmap", "norm.bias": "kernel",
         "unused.weight": "kernel", "unused.bias": "kernel",
     }  # fmt: skip
     reasons = {route.name: route.reason for route in found.report()}
-    assert reasons["embed.weight"] == "shared by Embedding.weight and Linear.weight"
+    assert reasons["norm.weight"] == "shared by LayerNorm.weight and RMSNorm.weight"
     assert "no kernel for Odd" in reasons["scale"]
     assert "not that of the layer's input" in reasons["lin.weight"]
 
@@ -368,8 +423,7 @@ def test_transformers_model() -> None:
         for name, grad in zip(total, grads, strict=True):
             total[name] += grad.square() / 4
     assert_equal(found.diagonal(), total)
-    slow = {name for name, route in routes(found).items() if route != "kernel"}
-    assert slow == {"transformer.wte.weight"}  # tied to the output layer
+    assert set(routes(found).values()) == {"kernel"}, str(found.report())  # the tied output layer as well
 
 
 def test_transformers_rms_norm() -> None:

@@ -204,6 +204,7 @@ def test_shared_layers_and_token_masks(backend: str, approx: str) -> None:
         both = torch.einsum("nt,nti,ntj->ij", weight, a, a) / weight.sum()
         return both, torch.einsum("nt,nti,ntj->ij", weight, g, g) / 4
 
+    first, second = first.detach(), second.detach()
     inputs = [torch.cat([t, one], 2) for t in (x, torch.tanh(first))]
     expected = {
         "a": factors(inputs, list(gradients[:2])), "b.weight": factors([torch.tanh(second)], [gradients[2]])

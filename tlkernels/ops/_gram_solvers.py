@@ -22,6 +22,7 @@ What all have in common:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -530,11 +531,14 @@ def _cagrad_step(g: _Gram, c: float) -> Array:
         members = np.flatnonzero(inside)
         block = products[np.ix_(members, members)]
         sides = np.stack([np.ones(members.size), towards[members]], 1)
-        solved = np.linalg.solve(block + max(float(block.diagonal().min()), 1e-3 * mean), sides)
-        start = solved[:, 0] / solved[:, 0].sum()
-        slope = start * solved[:, 1].sum() - solved[:, 1]
-        left = radius - float(slope @ block @ slope)
-        fits = math.sqrt(max(float(start @ block @ start), 0.0) / left) if left > 0 else math.inf
+        fits = math.inf
+        with contextlib.suppress(np.linalg.LinAlgError):  # dependent after all: halve the interval
+            solved = np.linalg.solve(block + max(float(block.diagonal().min()), 1e-3 * mean), sides)
+            start = solved[:, 0] / solved[:, 0].sum()
+            slope = start * solved[:, 1].sum() - solved[:, 1]
+            left = radius - float(slope @ block @ slope)
+            if left > 0:
+                fits = math.sqrt(max(float(start @ block @ start), 0.0) / left)
         if abs(fits - at) <= 1e-13 * at or high - low <= 1e-14 * high:
             break
         at = fits if low < fits < high else math.sqrt(max(low, 1e-9 * high) * high)
@@ -586,9 +590,9 @@ def _fair(g: _Gram, alpha: float, op: str) -> Array:
             break
         shrinking = step < 0
         size = min(1.0, 0.95 * float((y[shrinking] / -step[shrinking]).min())) if shrinking.any() else 1.0
-        # not past the minimum along the step by more than half the slope it started with
+        # not past the minimum along the step by more than half the slope it started with, unless that is rounding
         trial = y + size * step
-        while size > 1e-12 and float(step @ (m @ trial - k * trial**-power)) > -0.5 * descent:
+        while not settled and size > 1e-12 and float(step @ (m @ trial - k * trial**-power)) > -0.5 * descent:
             size /= 2
             trial = y + size * step
         y = trial
@@ -671,7 +675,8 @@ def fairgrad_weights(gram: Tensor, alpha: float = 1.0) -> Tensor:
     .. math:: G w = w^{-1 / \alpha} , \quad w > 0 ,
 
     the minimum of a convex function, by Newton's method to rounding error. At a Pareto-stationary point no w solves
-    it; see `nash_weights` for what is returned there.
+    it; see `nash_weights` for what is returned there. For an alpha below 1 a gradient that is a millionth as long as
+    others has few correct digits in its weight: what the direction is worth to it is the rest of much larger terms.
 
     References
     ----------

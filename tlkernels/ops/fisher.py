@@ -1277,7 +1277,7 @@ def importance_accum_(
 def si_accum_(
     omega: Sequence[Tensor], grads: Sequence[Tensor], deltas: Sequence[Tensor], *, scale: float = -1.0
 ) -> None:
-    r"""Add a step of the path integral of synaptic intelligence, :math:`\omega += s\, g\, \Delta	heta`, in one sweep.
+    r"""Add a step of the path integral of synaptic intelligence, :math:`\omega += s\, g\, \Delta\theta`, in one sweep.
 
     Parameters
     ----------
@@ -1308,7 +1308,7 @@ def si_accum_(
 def quad_penalty(
     params: Sequence[Tensor], anchors: Sequence[Tensor], importances: Sequence[Tensor]
 ) -> Tensor:  # fmt: skip
-    r"""The quadratic penalty of EWC and its kin, :math:`rac12 \sum_i F_i (	heta_i - 	heta_i^*)^2`.
+    r"""The quadratic penalty of EWC and its kin, :math:`\frac12 \sum_i F_i (\theta_i - \theta_i^*)^2`.
 
     Parameters
     ----------
@@ -1332,7 +1332,7 @@ def quad_penalty(
     Notes
     -----
     Terms are float32, their sum float64 in a fixed order: no bit depends on the number of threads. The gradient is
-    :math:`F (	heta - 	heta^*)`; `quad_penalty_grad_` adds it to the gradients in the same pass.
+    :math:`F (\theta - \theta^*)`; `quad_penalty_grad_` adds it to the gradients in the same pass.
 
     References
     ----------

@@ -451,8 +451,9 @@ class KFACEWC(ContinualMethod):
         for key, (a, g) in estimate.factors().items():
             if not (bool(a.isfinite().all()) and bool(g.isfinite().all())):
                 raise ValueError(f"{self._op}: the factors of {key} are not finite; expected finite gradients")
-            prefix = f"{key}." if key else ""
-            names = [key] if key in every else [f"{prefix}weight", f"{prefix}bias"]
+            names = [key] if key in every else [f"{key}.weight", f"{key}.bias"]
+            if key in every and every[key].numel() < a.shape[0] * g.shape[0]:
+                names.append("bias")  # a model that is a layer itself: its block goes by the weight's name
             term[key] = {"A": a, "G": g, **{n: every[n].detach().clone() for n in names}}
         self._terms.append(term)
         super().after_task()

@@ -199,6 +199,9 @@ class Engine:
         if self.verify and self.verified < min(n, 2):
             self._verify(samples)
         output, target = self._forward(batch, n)
+        if self.taps.reentrant and not self.taps.feeding:
+            self.taps.feeding = True
+            output, target = self._forward(batch, n)
         if self.taps.unknown:
             self._verify(samples)
             output, target = self._forward(batch, n)
@@ -243,7 +246,7 @@ class Engine:
             return
         if self.tier == "vmap":
             try:
-                with self.taps.paused():
+                with self.taps.paused(feeding=False):
                     self._vmap(samples, probe, names, acc)
                 return
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -324,9 +327,10 @@ class Engine:
         n = part.n
         taps = self.taps
         taps.stop()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # checkpoints without gradients
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # all is frozen, of which checkpoints warn
             output, target = self._call(part.batch)
+        taps.feeding = taps.reentrant
         self.loss.check(output, target, n)
         probe = Probe(self.loss)
         if self.loss.kind != "empirical":  # any gradient of the output will do; there may be no labels

@@ -73,6 +73,10 @@ class Rule:
         x = x.reshape(n, tokens, *([math.prod(x.shape[x.dim() - a :])] if a else []))
         return x, grad.reshape(n, tokens, -1)
 
+    def adapt(self, module: Any, use: Use) -> Use:
+        """The use of a layer, which may have a rule of its own, as this rule has it."""
+        return use
+
     def join(self, module: Any, uses: Sequence[Use]) -> Use:
         """Several uses as one with more tokens."""
         return torch.cat([x for x, _ in uses], 1), torch.cat([g for _, g in uses], 1)
@@ -137,6 +141,26 @@ class EmbeddingRule(Rule):
 
     def call(self, module: nn.Embedding, acc: dict[str, Tensor], x: Tensor, grad: Tensor, scale: float) -> None:
         ops.diag_fisher_embedding_(acc["weight"], x.long(), grad, padding_idx=module.padding_idx, scale=scale)
+
+
+class TiedRule(LinearRule):
+    """One weight as the table of an embedding and as the matrix of a linear layer, as in language models.
+
+    Looking up row v is a linear layer's gradient with the roles changed: tokens whose "output gradient" is the unit
+    vector of v, and whose "input" is the gradient of the looked-up row.
+    """
+
+    def adapt(self, module: Any, use: Use) -> Use:
+        """The use of one of the layers, as a linear layer's."""
+        if not isinstance(module, nn.Embedding):
+            return use
+        index, grad = use
+        rows = module.num_embeddings
+        unit = torch.zeros(*index.shape, rows, dtype=grad.dtype, device=grad.device)
+        unit.scatter_(-1, index.long()[..., None], 1.0)
+        if module.padding_idx is not None:
+            unit[..., module.padding_idx] = 0.0
+        return grad, unit
 
 
 class NormRule(Rule):
@@ -312,6 +336,7 @@ class LoRARule(Rule):
             ops.diag_fisher_linear_(None, acc["lora_bias"], x, grad, scale=scale * module.scaling**2)
 
 
+TIED = TiedRule()
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS: tuple[type[nn.Module], ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # order: the first that a module is an instance of

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tlkernels.nn.fisher._layers import Rule, Use, rule_of
+from tlkernels.nn.fisher._layers import TIED, EmbeddingRule, LinearRule, Rule, Use, rule_of
 
 Sink = Callable[["Unit", nn.Module, list[Use]], None]
 
@@ -79,18 +79,25 @@ class Taps:
         self, model: nn.Module, wanted: dict[str, nn.Parameter], *, guess: bool,
         allowed: Callable[[Rule], bool] = lambda rule: True,
     ) -> None:  # fmt: skip
-        self.guess = guess
+        self._model, self.guess = model, guess
+        self._wanted = {id(p) for p in wanted.values()}
         self.active = self.in_backward = False
         self.n = 0
         self.layouts: dict[nn.Module, str] = {}
         self.tried: dict[nn.Module, set[str]] = {}
         self.trial = False  # layouts may be guessed now
+        self.reentrant = False  # a layer with wanted parameters ran without gradients, as in a reentrant checkpoint
+        self.feeding = False  # such a checkpoint needs an input that requires grad: whatever comes first gives one
         self.unknown = False  # a layer was reached that no trial has seen
         self.units, self.why = self._units(model, wanted, allowed)
         self.of: dict[nn.Module, list[Unit]] = {}
+        self.rules: dict[nn.Module, Rule] = {}
         for unit in self.units:
             for module in unit.modules:
                 self.of.setdefault(module, []).append(unit)
+                rule, _ = rule_of(module, guess=guess)
+                assert rule is not None
+                self.rules[module] = rule
         self._sink: Sink = lambda unit, module, uses: None
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -122,7 +129,11 @@ class Taps:
                 r is rule and a == attribute and rule.settings(m) == rule.settings(first)
                 for (m, a), r in zip(found, rules, strict=True)
             )
-            if not same:
+            if not same and all(
+                type(r) in (LinearRule, EmbeddingRule) and a == "weight" for (_, a), r in zip(found, rules, strict=True)
+            ):
+                rule = TIED
+            elif not same:
                 why[name] = "shared by " + " and ".join(f"{type(m).__name__}.{a}" for m, a in found)
                 continue
             key = (frozenset(id(m) for m, _ in found), id(rule))
@@ -134,11 +145,13 @@ class Taps:
 
     def install(self) -> list[RemovableHandle]:
         """Hook the layers, before all hooks that are there: those may change the output."""
-        return [
-            module.register_forward_hook(self._after, prepend=True, with_kwargs=True)
-            for module, units in self.of.items()
-            if any(not unit.dead for unit in units)
-        ]
+        handles = []
+        for module in self._model.modules():
+            if any(not unit.dead for unit in self.of.get(module, ())):
+                handles.append(module.register_forward_hook(self._after, prepend=True, with_kwargs=True))
+            elif any(p is not None for p in module._parameters.values()):
+                handles.append(module.register_forward_hook(self._beside))
+        return handles
 
     def start(self, n: int, device: torch.device) -> None:
         """Begin a forward pass of n samples."""
@@ -156,13 +169,14 @@ class Taps:
             unit.uses = []
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, feeding: bool = True) -> Iterator[None]:
         """As if not there, for other passes through the model; what is retained of this one stays usable."""
-        active, self.active = self.active, False
+        before = self.active, self.feeding
+        self.active, self.feeding = False, self.feeding and feeding
         try:
             yield
         finally:
-            self.active = active
+            self.active, self.feeding = before
 
     def backward(self, value: Tensor, sink: Sink, retain_graph: bool) -> None:
         """One backward pass; `sink` gets every unit that did not fail, once, with all of its uses."""
@@ -179,33 +193,44 @@ class Taps:
             self.in_backward = False
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        if not self.active:
-            return None
         units = [unit for unit in self.of[module] if not unit.dead]
-        if not units or units[0].rule.idle(module):
-            return None
+        if not self.active or not units or self.rules[module].idle(module):
+            return self._beside(module, args, out)
         if not self.in_backward:  # a recomputation is no further use
             for unit in units:
                 unit.fires += 1
         x = args[0] if args else next(iter(kwargs.values()), None)
-        layout = self._layout(module, units[0].rule, x, out)
+        layout = self._layout(module, self.rules[module], x, out)
         if layout is None or x is None:
-            return None
+            return self._beside(module, args, out)
         if layout in ("broadcast", "shared"):
             shape = out.shape[1:] if layout == "broadcast" else out.shape
             out = out.expand(self.n, *shape).clone()
         if not torch.is_grad_enabled():  # a checkpoint's first run: it runs again, with gradients
+            self.reentrant = self.reentrant or not self.in_backward
             return out
+        return self._tap(out, x.detach(), partial(self._arrive, module, layout, out.shape))
+
+    def _beside(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        """What is done to the output of a layer without a tap: mostly nothing."""
+        if not torch.is_grad_enabled():
+            if not self.in_backward and any(id(p) in self._wanted for p in module._parameters.values()):
+                self.reentrant = True
+            return None
+        if self.feeding and isinstance(out, Tensor) and out.is_floating_point() and not out.requires_grad:
+            return self._tap(out, self._anchor.detach(), lambda x, grad: None)
+        return None
+
+    def _tap(self, out: Tensor, x: Tensor, arrive: Callable[[Tensor, Tensor], None]) -> Tensor:
         if out.is_leaf and out.requires_grad:
             out = out.clone()
-        arrive = partial(self._arrive, module, layout, out.shape)
         base = out._base
         if base is None:
-            return _Tap.apply(out, x.detach(), self._anchor, arrive)
+            return _Tap.apply(out, x, self._anchor, arrive)
         # a linear layer's result is a view, which in-place functions are slow on: do it to what it is a view of
         if base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous() and not base._is_view():
-            return _Tap.apply(base, x.detach(), self._anchor, arrive).view(out.shape)
-        return _Tap.apply(out.clone(), x.detach(), self._anchor, arrive)
+            return _Tap.apply(base, x, self._anchor, arrive).view(out.shape)
+        return _Tap.apply(out.clone(), x, self._anchor, arrive)
 
     def _layout(self, module: nn.Module, rule: Rule, x: Any, out: Any) -> str | None:
         """Where the samples are; None where it is not known, and the units failed."""
@@ -266,12 +291,11 @@ class Taps:
             x = x.expand(n, *x.shape[1:])
         elif layout == "shared":
             x = x.expand(n, *x.shape)
-        rule = self.of[module][0].rule
-        use = rule.form(module, x, grad)
+        use = self.rules[module].form(module, x, grad)
         for unit in self.of[module]:
             if unit.failed:
                 continue
-            unit.uses.append(use)
+            unit.uses.append(unit.rule.adapt(module, use))
             if len(unit.uses) == unit.fires:
                 self._flush(unit, module)
 

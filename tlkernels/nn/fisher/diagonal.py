@@ -276,7 +276,8 @@ class FisherDiagonal(Accumulation):
 
     Memory beyond an ordinary pass: the sums (4 bytes a parameter, after 16 batches 12), once for the verification
     four times the parameters, and for parameters without a kernel `chunk_bytes`. The uses of a layer that is used
-    several times are kept until the last one's gradient is there.
+    several times are kept until the last one's gradient is there; an embedding that is also the output layer takes a
+    second tensor of the size of the logits besides.
 
     `accumulate` freezes the parameters; a callable loss that is a module is frozen as well.
 

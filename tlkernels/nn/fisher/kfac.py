@@ -552,9 +552,6 @@ class EKFAC(KFAC):
             self.corrected_count += n
         return n
 
-    def _ready(self) -> None:
-        super()._ready()
-
     def _diagonal(self, block: _Block) -> Tensor:
         if not self.corrected_count:
             raise RuntimeError(f"{self._op}: the diagonal is not there yet; call correct, or fit")
