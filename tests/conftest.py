@@ -263,3 +263,84 @@ def mmd_calls() -> Callable[..., dict[str, dict[str, Any]]]:
         }  # fmt: skip
 
     return calls
+
+
+@pytest.fixture(scope="session")
+def fisher_calls() -> Callable[..., dict[str, dict[str, Any]]]:
+    """`fisher_calls(...)`: a right call of every op of fisher and gradgram, by the op's name.
+
+    The tokens of a sample correlate, as those of a sample do.
+    """
+
+    def calls(
+        samples: int = 3, tokens: int = 4, inputs: int = 7, outputs: int = 5, *, dtype: torch.dtype = torch.float32,
+        ragged: bool = False, tasks: int = 3,
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
+        generator = torch.Generator().manual_seed(11)
+        acc = torch.promote_types(dtype, torch.float32)
+
+        def randn(*shape: int, dtype: torch.dtype = acc) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        def positive(*shape: int) -> torch.Tensor:
+            return (torch.rand(shape, generator=generator) + 0.5).to(acc)
+
+        def correlated(features: int) -> torch.Tensor:
+            one = torch.randn(samples, 1, features, generator=generator)
+            many = (one + 0.3 * torch.randn(samples, tokens, features, generator=generator)).to(dtype)
+            return many.flatten(0, 1) if ragged else many
+
+        offsets = [0, *(max(0, tokens * n - n % 2) for n in range(1, samples)), samples * tokens] if ragged else []
+        act, grad_out = correlated(inputs), correlated(outputs)
+        how = {"sample_offsets": offsets, "scale": 0.75, "sample_weight": positive(samples)}
+        indices = torch.randint(0, 6, tuple(grad_out.shape[:-1]), generator=generator)
+        shapes = ((3, 5), (17,), (), (0, 4), (40, 3))
+        lists = {name: [randn(*s, dtype=dtype) for s in shapes] for name in ("params", "anchors")}
+        lists["importances"] = [positive(*s) for s in shapes]
+        sums = [positive(*s) for s in shapes]
+        grads = [randn(*s, dtype=dtype) for _ in range(tasks) for s in shapes]
+        if tasks > 1:
+            grads[len(shapes) + 1] = randn(0, dtype=dtype)
+        x = randn(*act.shape, dtype=dtype) + 1
+        return {
+            "diag_fisher_linear_": {
+                "act": act, "grad_out": grad_out, "f_w": positive(outputs, inputs), "f_b": positive(outputs), **how,
+            },
+            "diag_fisher_conv2d_": {
+                "act": randn(samples, 4, 8, 6, dtype=dtype), "grad_out": randn(samples, 6, 4, 4, dtype=dtype),
+                "f_w": positive(6, 2, 3, 2), "f_b": positive(6), "stride": [2, 2], "padding": [1, 1],
+                "dilation": [1, 1], "groups": 2, "scale": 0.75, "sample_weight": positive(samples),
+            },
+            "diag_fisher_embedding_": {
+                "grad_out": grad_out, "indices": indices, "f_w": positive(6, outputs), "padding_idx": 2, **how,
+            },
+            "diag_fisher_norm_": {
+                "x": x, "grad_out": act, "f_w": positive(inputs), "f_b": positive(inputs), "norm": "layer",
+                "eps": 1e-5, **how,
+            },
+            "diag_fisher_channel_norm_": {
+                "x": randn(samples, 5, 9, dtype=dtype) + 1, "grad_out": randn(samples, 5, 9, dtype=dtype),
+                "f_w": positive(5), "f_b": positive(5), "mean": randn(5), "rstd": positive(5), "scale": 0.75,
+                "sample_weight": positive(samples),
+            },
+            "per_sample_sqnorm_linear": {"act": act, "grad_out": grad_out, "sample_offsets": offsets},
+            "kfac_factors_linear_": {
+                "act": act, "grad_out": grad_out, "A": positive(inputs + 1, inputs + 1),
+                "G": positive(outputs, outputs), "bias": True, "approx": "expand", "sample_offsets": offsets,
+                "token_weight": positive(*act.shape[:-1]), "scale_a": 0.5, "scale_g": 2.0,
+            },
+            "importance_accum_": {
+                "grads": lists["params"], "acc": sums, "kind": "sq", "decay": 0.9, "scale": 0.5,
+            },
+            "si_accum_": {"grads": lists["params"], "omega": sums, "deltas": lists["anchors"], "scale": -1.0},
+            "quad_penalty": lists,
+            "quad_penalty_backward": {**lists, "grad": torch.tensor(1.5).to(acc)},
+            "quad_penalty_grad_": {**lists, "grads": [randn(*s, dtype=dtype) for s in shapes], "scale": 0.75},
+            "task_gram": {"grads": grads, "tasks": tasks},
+            "task_combine_": {
+                "out": [randn(*s, dtype=dtype) for s in shapes * 2], "grads": grads,
+                "weights": positive(2, tasks), "accumulate": True,
+            },
+        }  # fmt: skip
+
+    return calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -57,6 +58,20 @@ EXPECTED: dict[str, tuple[str, str, bool]] = {
     "covariance": ("twice", "weight", True),
     "coral_sq": ("twice", "x", True),
     "feature_histogram": ("raises", "", True),
+    "diag_fisher_linear_": ("none", "act", False),
+    "diag_fisher_conv2d_": ("none", "grad_out", False),
+    "diag_fisher_embedding_": ("none", "grad_out", False),
+    "diag_fisher_norm_": ("none", "x", False),
+    "diag_fisher_channel_norm_": ("none", "x", False),
+    "per_sample_sqnorm_linear": ("raises", "act", False),
+    "kfac_factors_linear_": ("none", "act", False),
+    "importance_accum_": ("none", "", False),
+    "si_accum_": ("none", "", False),
+    "quad_penalty": ("twice", "params", False),
+    "quad_penalty_backward": ("twice", "grad", False),
+    "quad_penalty_grad_": ("none", "", False),
+    "task_gram": ("raises", "grads", False),
+    "task_combine_": ("none", "", False),
 }
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 OTHER_DTYPES = {
@@ -94,7 +109,7 @@ def test_table_is_what_the_dispatcher_does() -> None:
 
 @pytest.fixture(scope="session")
 def calls(
-    nf4_calls: Any, lora_calls: Any, contrastive_calls: Any, mmd_calls: Any
+    nf4_calls: Any, lora_calls: Any, contrastive_calls: Any, mmd_calls: Any, fisher_calls: Any
 ) -> Callable[..., dict[str, dict[str, Any]]]:  # fmt: skip
     """A right call of every op, for features of a dtype."""
 
@@ -104,6 +119,7 @@ def calls(
             **lora_calls(8, 64, dtype=dtype),
             **contrastive_calls(8, 9, 16, dtype=dtype),
             **mmd_calls(8, 9, 5, dtype=dtype),
+            **fisher_calls(dtype=dtype),
         }
 
     return of
@@ -113,9 +129,12 @@ def calls(
 def test_the_gradient_column_is_what_autograd_does(backend: str, calls: Any, name: str) -> None:
     gradient, leaf_name, _ = EXPECTED[name]
     arguments = calls()[name]
-    leaf = arguments[leaf_name].clone().requires_grad_()
-    out = _registry.OPS[name].overload(**{**arguments, leaf_name: leaf})
-    results = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None and t.requires_grad]
+    given = arguments[leaf_name]
+    listed = isinstance(given, list)
+    leaf = (given[0] if listed else given).clone().requires_grad_()
+    out = _registry.OPS[name].overload(**{**arguments, leaf_name: [leaf, *given[1:]] if listed else leaf})
+    outs = out if isinstance(out, (tuple, list)) else (out,)
+    results = [t for t in outs if t is not None and t.requires_grad]
     if gradient == "none":
         assert not results
     elif gradient == "raises":
@@ -166,8 +185,14 @@ def test_dtypes_of_the_table_run_and_others_raise(backend: str, calls: Any, name
         op.overload(**calls(dtype)[name])
     for dtype in (torch.int32, torch.bool, torch.complex64):
         arguments = calls()[name]
-        with pytest.raises((TypeError, RuntimeError), match=f"{name}: {first} has dtype"):
-            op.overload(**{**arguments, first: arguments[first].to(dtype)})
+        given, place = arguments[first], first
+        if isinstance(given, list):
+            wrong, place = [given[0].to(dtype), *given[1:]], re.escape(f"{first}[0]")
+            place = place.replace("0\\]", "0\\](?:\\[0\\])?")  # grads[task][parameter]
+        else:
+            wrong = given.to(dtype)
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=f"{name}: {place} has dtype"):
+            op.overload(**{**arguments, first: wrong})
 
 
 # ---- forcing a backend ----------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
-"""Modules over the ops: 4-bit layers, adapted layers, contrastive losses, distances between batches,
-and the Fisher information of a model."""
+"""Modules over the ops: 4-bit and adapted layers, contrastive losses, distances between batches, Fisher information."""
 
 from tlkernels.nn.contrastive import CLIPLoss, InfoNCELoss, NTXentLoss, SigLIPLoss, SupConLoss
 from tlkernels.nn.discrepancy import CORALLoss, JointMMDLoss, LocalMMDLoss, MMDLoss

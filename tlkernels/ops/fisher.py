@@ -578,7 +578,7 @@ define(
 define(
     "quad_penalty_backward(Tensor grad, Tensor[] params, Tensor[] anchors, Tensor[] importances) -> Tensor[]",
     _reference_quad_penalty_backward, setup_context=_setup_quad_penalty_backward,
-    backward=_backward_quad_penalty_backward, triton="fisher:quad_penalty_backward", gradient="yes",
+    backward=_backward_quad_penalty_backward, triton="fisher:quad_penalty_backward", gradient="twice",
 )  # fmt: skip
 define(
     "quad_penalty_grad_(Tensor(a!)[] grads, Tensor[] params, Tensor[] anchors, Tensor[] importances, *, "

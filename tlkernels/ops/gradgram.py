@@ -75,6 +75,8 @@ def _reference_task_combine_(
     results, tasks = weights.shape
     if results < 1 or len(out) % results:
         raise ValueError(f"{op}: out has {len(out)} tensors for {results} results; expected as many for each result")
+    for i, to in enumerate(out):
+        check_float(op, **{f"out[{i}]": to})
     count = len(out) // results
     for r in range(1, results):
         _check_tasks(op, out[r * count : (r + 1) * count], 1, out[:count])

@@ -415,6 +415,7 @@ Tensors quad_penalty_backward(Tensor grad, Tensors params, Tensors anchors, Tens
 
 Tensor quad_penalty_grad_(Tensors grads, Tensors params, Tensors anchors, Tensors importances, double scale) {
     const char* op = "quad_penalty_grad_";
+    check_list(op, "params", params, "params", params, OfDtype::any);
     check_list(op, "grads", grads, "params", params, OfDtype::same);
     check_penalty(op, params, anchors, importances);
     if (params.empty() || any_double(params))

@@ -58,6 +58,7 @@ void task_combine_(Tensors out, Tensors grads, Tensor weights, bool accumulate) 
     const int64_t results = weights.size(0), tasks = weights.size(1);
     if (results < 1 || int64_t(out.size()) % results)
         fail(op, "out has ", out.size(), " tensors for ", results, " results; expected as many for each result");
+    for (size_t i = 0; i < out.size(); ++i) check_float(op, at("out", i).c_str(), out[i].scalar_type());
     const size_t count = out.size() / size_t(results);
     const Tensors first(out.begin(), out.begin() + int64_t(count));
     for (size_t r = 1; r < size_t(results); ++r)

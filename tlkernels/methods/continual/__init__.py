@@ -1,1 +1,51 @@
-"""Continual learning."""
+"""Continual learning: penalties, projections, architectures and prompts, with the streams and metrics to judge them.
+
+Methods are small objects for the user's own training loop: `ContinualMethod` says when each part is called.
+"""
+
+from tlkernels.methods.continual._base import ContinualMethod
+from tlkernels.methods.continual.architecture import HAT, PackNet, ProgressiveNetwork, SupSup
+from tlkernels.methods.continual.metrics import AccuracyMatrix, summarize
+from tlkernels.methods.continual.orthogonal_lora import OLoRA
+from tlkernels.methods.continual.plasticity import ContinualBackprop
+from tlkernels.methods.continual.projection import AGEM, GEM, GPM, OGD
+from tlkernels.methods.continual.prompts import PromptPool
+from tlkernels.methods.continual.regularization import EWC, KFACEWC, MAS, SI, L2Anchor, LwF, RWalk
+from tlkernels.methods.continual.streams import (
+    Stream,
+    Task,
+    domain_stream,
+    permuted_stream,
+    rotated_stream,
+    split_stream,
+)
+
+__all__ = [
+    "AGEM",
+    "EWC",
+    "GEM",
+    "GPM",
+    "HAT",
+    "KFACEWC",
+    "MAS",
+    "OGD",
+    "SI",
+    "AccuracyMatrix",
+    "ContinualBackprop",
+    "ContinualMethod",
+    "L2Anchor",
+    "LwF",
+    "OLoRA",
+    "PackNet",
+    "ProgressiveNetwork",
+    "PromptPool",
+    "RWalk",
+    "Stream",
+    "SupSup",
+    "Task",
+    "domain_stream",
+    "permuted_stream",
+    "rotated_stream",
+    "split_stream",
+    "summarize",
+]

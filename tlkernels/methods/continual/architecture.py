@@ -11,6 +11,7 @@ r"""Methods that give each task weights, units or columns of its own, so that la
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,7 @@ _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def _layers(op: str, model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
+def _layers(op: str, model: nn.Module, skip: Sequence[str]) -> dict[str, Any]:
     """The linear layers and convolutions of `model` by name, but for the modules of `skip` and all in them."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model is a {type(model).__name__}; expected a torch.nn.Module")
@@ -38,9 +39,15 @@ def _layers(op: str, model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Modu
     for name in skip:
         if name not in names:
             raise ValueError(f"{op}: heads has {name!r}, which is no module of the model")
-    found = {name: m for name, m in names.items() if isinstance(m, _WEIGHTED) and not _within(name, skip)}
+    found: dict[str, Any] = {
+        name: m for name, m in names.items() if isinstance(m, _WEIGHTED) and not _within(name, skip)
+    }
     if not found:
         raise ValueError(f"{op}: model has no linear layer or convolution outside heads; expected one at least")
+    times = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, module in found.items():
+        if times[id(module.weight)] > 1:
+            raise ValueError(f"{op}: the weight of {name!r} is shared in the model; expected a weight of its own")
     return found
 
 
@@ -293,7 +300,7 @@ class _StraightThrough(torch.autograd.Function):
         return mask
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -386,10 +393,12 @@ class SupSup(ContinualMethod):
             if not _within(name, heads):
                 p.requires_grad_(False)
         for layer in layers.values():
-            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight: Tensor = layer.weight
             if init == "signed":
                 signs = torch.rand(weight.shape, generator=self.generator) < 0.5
-                weight.copy_(torch.where(signs, 1.0, -1.0) * math.sqrt(2 / weight[0].numel()))
+                weight.fill_(math.sqrt(2 / weight[0].numel())).copy_(
+                    torch.where(signs.to(weight.device), weight, -weight)
+                )
             mask = _Supermask(weight, max(1, round(self.kept * weight.numel())))
             parametrize.register_parametrization(layer, "weight", mask, unsafe=True)
             self._masks.append(mask)
@@ -584,8 +593,8 @@ class HAT(ContinualMethod):
         q'_{l,i} = \frac{s_{max} [\cosh(s e_{l,i}) + 1]}{s [\cosh(e_{l,i}) + 1]} q_{l,i}
 
     with :math:`a^{<t}` the largest gates of earlier tasks at :math:`s_{max}`, q the gradient of an embedding and the
-    argument of the first cosh cut to 50. The inputs of the first layer count as used, a bias has the factor of its unit.
-    ``after_step`` cuts embeddings to [-6, 6]. Momentum and weight decay are not held back; plain SGD keeps to the
+    argument of the first cosh cut to 50. The inputs of the first layer count as used; a bias has the factor of its
+    unit. ``after_step`` cuts embeddings to [-6, 6]. Momentum and weight decay are not held back; plain SGD keeps to the
     factors. Parameters outside `layers` are not protected: heads are to be a task's own.
 
     References
@@ -727,7 +736,7 @@ class HAT(ContinualMethod):
         Raises
         ------
         RuntimeError
-            If ``before_task`` was not called.
+            If ``before_task`` was not called since the last task, or another task is applied.
         """
         if self.tasks >= self.capacity or self.task != self.tasks:
             raise RuntimeError(f"{self._op}: after_task: no task runs; expected before_task() first")
@@ -817,32 +826,42 @@ class ProgressiveNetwork(nn.Module):
         reductions: list[nn.Module] = []
         laterals: list[nn.Module] = []
         scales: list[nn.Parameter] = []
+        training = self.training
         if len(self.columns):
-            with torch.no_grad():
-                before = self._hidden(sample, len(self.columns))
-                h = sample
-                second = list(factory())
-                for i, block in enumerate(blocks[:-1]):
-                    h = self.activation(block(h))
-                    olds = [column[i] for column in before]
-                    if h.dim() not in (2, 4) or any(o.shape[2:] != h.shape[2:] or o.dim() != h.dim() for o in olds):
-                        shapes = [tuple(o.shape) for o in [*olds, h]]
-                        raise ValueError(
-                            f"ProgressiveNetwork: block {i} gives shapes {shapes} in the columns; expected [N, F], or "
-                            "[N, C, H, W] with one H, W"
+            for module in (self, *blocks):
+                module.eval()  # the trial pass moves no running statistics
+            try:
+                with torch.no_grad():
+                    before = self._hidden(sample, len(self.columns))
+                    h = sample
+                    second = list(factory())
+                    for i, block in enumerate(blocks[:-1]):
+                        h = self.activation(block(h))
+                        olds = [column[i] for column in before]
+                        if h.dim() not in (2, 4) or any(o.shape[2:] != h.shape[2:] or o.dim() != h.dim() for o in olds):
+                            shapes = [tuple(o.shape) for o in [*olds, h]]
+                            raise ValueError(
+                                f"ProgressiveNetwork: block {i} gives {shapes} in the columns; expected [N, F], or "
+                                "[N, C, H, W] with one H, W"
+                            )
+                        total, width = sum(o.shape[1] for o in olds), h.shape[1]
+                        v = (
+                            nn.Linear(total, width, bias=False)
+                            if h.dim() == 2
+                            else nn.Conv2d(total, width, 1, bias=False)
                         )
-                    total, width = sum(o.shape[1] for o in olds), h.shape[1]
-                    v = nn.Linear(total, width, bias=False) if h.dim() == 2 else nn.Conv2d(total, width, 1, bias=False)
-                    reductions.append(v.to(h.device, h.dtype))
-                    scales.append(nn.Parameter(h.new_ones(len(olds))))
-                laterals = second[1:]
+                        reductions.append(v.to(h.device, h.dtype))
+                        scales.append(nn.Parameter(h.new_ones(len(olds))))
+                    laterals = second[1:]
+            finally:
+                self.train(training)
         self.requires_grad_(False)
         self.columns.append(nn.ModuleList(blocks))
         self.reductions.append(nn.ModuleList(reductions))
         self.laterals.append(nn.ModuleList(laterals))
         self.scales.append(nn.ParameterList(scales))
         new = [self.columns[-1], self.reductions[-1], self.laterals[-1], self.scales[-1]]
-        self.train(self.training)
+        self.train(training)
         return [p for part in new for p in part.parameters() if p.requires_grad]
 
     def train(self, mode: bool = True) -> ProgressiveNetwork:
