@@ -657,6 +657,7 @@ struct AddBoth {
 template <class In>
 void add_moment(const In* rows, const float* weight, const float* ones, int64_t n, int64_t d, bool append, float scale,
                 float* moment, Parallel parallel) {
+    if (n == 0) return;
     const int64_t side = d + append;
     const AddBoth add{moment, side, scale};
     using T = typename Arithmetic<In>::type;

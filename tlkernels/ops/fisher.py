@@ -340,6 +340,8 @@ def _reference_kfac(
         g = grad_out.to(acc)
         if approx == "reduce":
             pieces = list(zip(*(_samples(t, sample_offsets) for t in (a, g, w)), strict=True))
+            if not pieces:
+                return
             # a sample without tokens has no mean, and no part
             a = torch.stack([(w_n[:, None] * a_n).sum(0) / _at_least_one(w_n.sum()) for a_n, _, w_n in pieces])
             g = torch.stack([(w_n[:, None] * g_n).sum(0) for _, g_n, w_n in pieces])

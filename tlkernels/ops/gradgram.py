@@ -60,7 +60,7 @@ def _reference_task_gram(grads: Sequence[Tensor], tasks: int) -> Tensor:
         stacked = torch.stack([rows[t].flatten() for t in used]).to(torch.float64)
         index = torch.tensor(used, device=gram.device)
         gram = gram.index_put((index[:, None], index[None]), stacked @ stacked.T, accumulate=True)
-    return gram
+    return gram.tril() + gram.tril(-1).T  # symmetric to the last bit
 
 
 def _reference_task_combine_(
