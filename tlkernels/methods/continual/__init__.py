@@ -1,16 +1,24 @@
-"""Continual learning: penalties, projections, architectures and prompts, with the streams and metrics to judge them.
+"""Continual learning: penalties, projections, replay, architectures and prompts, with the streams and metrics to judge them.
 
 Methods are small objects for the user's own training loop: `ContinualMethod` says when each part is called.
 """
 
 from tlkernels.methods.continual._base import ContinualMethod
 from tlkernels.methods.continual.architecture import HAT, PackNet, ProgressiveNetwork, SupSup
+from tlkernels.methods.continual.buffers import (
+    ClassBalancedBuffer,
+    GreedyBalancedBuffer,
+    ReplayBuffer,
+    ReservoirBuffer,
+    RingBuffer,
+)
 from tlkernels.methods.continual.metrics import AccuracyMatrix, summarize
 from tlkernels.methods.continual.orthogonal_lora import OLoRA
 from tlkernels.methods.continual.plasticity import ContinualBackprop
 from tlkernels.methods.continual.projection import AGEM, GEM, GPM, OGD
 from tlkernels.methods.continual.prompts import PromptPool
 from tlkernels.methods.continual.regularization import EWC, KFACEWC, MAS, SI, L2Anchor, LwF, RWalk
+from tlkernels.methods.continual.replay import DER, ER, ERACE, DERPlusPlus, GenerativeReplay
 from tlkernels.methods.continual.streams import (
     Stream,
     Task,
@@ -22,6 +30,9 @@ from tlkernels.methods.continual.streams import (
 
 __all__ = [
     "AGEM",
+    "DER",
+    "ER",
+    "ERACE",
     "EWC",
     "GEM",
     "GPM",
@@ -31,8 +42,12 @@ __all__ = [
     "OGD",
     "SI",
     "AccuracyMatrix",
+    "ClassBalancedBuffer",
     "ContinualBackprop",
     "ContinualMethod",
+    "DERPlusPlus",
+    "GenerativeReplay",
+    "GreedyBalancedBuffer",
     "L2Anchor",
     "LwF",
     "OLoRA",
@@ -40,6 +55,9 @@ __all__ = [
     "ProgressiveNetwork",
     "PromptPool",
     "RWalk",
+    "ReplayBuffer",
+    "ReservoirBuffer",
+    "RingBuffer",
     "Stream",
     "SupSup",
     "Task",
