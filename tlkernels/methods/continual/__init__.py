@@ -1,4 +1,4 @@
-"""Continual learning: penalties, projections, replay, architectures and prompts, with the streams and metrics to judge them.
+"""Continual learning: penalties, projections, replay, architectures, prompts; streams and metrics to judge them.
 
 Methods are small objects for the user's own training loop: `ContinualMethod` says when each part is called.
 """

@@ -1,5 +1,15 @@
-"""Multi-task learning: gradient surgery on the Gram matrix, and weights of losses."""
+"""Multi-task learning: gradient surgery on the Gram matrix, weights of losses, and what tasks do to each other."""
 
+from tlkernels.methods.multitask.analysis import (
+    ConflictReport,
+    affinity,
+    conflict_rate,
+    cosine_gate,
+    cosines,
+    delta_m,
+    group_tasks,
+    magnitude_similarity,
+)
 from tlkernels.methods.multitask.surgery import (
     IMTLG,
     METHODS,
@@ -46,6 +56,7 @@ __all__ = [
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
+    "ConflictReport",
     "DualProj",
     "FairGrad",
     "GradDrop",
@@ -61,5 +72,12 @@ __all__ = [
     "Uncertainty",
     "Uniform",
     "Weighting",
+    "affinity",
     "backward",
+    "conflict_rate",
+    "cosine_gate",
+    "cosines",
+    "delta_m",
+    "group_tasks",
+    "magnitude_similarity",
 ]
