@@ -83,6 +83,11 @@ tests_contrastive() {
         --junitxml="$OUT/gpu-tests-contrastive.xml" tests/ops/test_contrastive_triton.py -k cuda
 }
 
+tests_fisher() {
+    TLKERNELS_REQUIRE=triton "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider \
+        --junitxml="$OUT/gpu-tests-fisher.xml" tests/ops/test_fisher_triton.py -k cuda
+}
+
 tests_discrepancy() {
     TLKERNELS_REQUIRE=triton "$PYTHON" -m pytest -q --maxfail=20 -p no:cacheprovider \
         --junitxml="$OUT/gpu-tests-discrepancy.xml" tests/ops/test_mmd_triton.py -k cuda
@@ -154,6 +159,16 @@ benchmark_coral() {
         --op coral_both --out "$OUT/cuda-coral.json"
 }
 
+benchmark_fisher() {
+    "$PYTHON" -W ignore -m bench --family fisher --device cuda --max-minutes 0.25 --dtypes bfloat16,float32 \
+        --op diag_fisher,quad_penalty_both --out "$OUT/cuda-fisher.json"
+}
+
+benchmark_gradgram() {
+    "$PYTHON" -W ignore -m bench --family gradgram --device cuda --max-minutes 0.15 --dtypes float32 \
+        --out "$OUT/cuda-gradgram.json"
+}
+
 plots() {
     "$PYTHON" - "$OUT" <<'PYTHON'
 import sys
@@ -167,8 +182,9 @@ for path in sorted(out.glob("cuda-*.json")):
 PYTHON
 }
 
-export -f machine build peers tests tests_lora tests_contrastive tests_discrepancy sanitize
-export -f benchmark benchmark_lora benchmark_contrastive benchmark_mmd benchmark_coral plots
+export -f machine build peers tests tests_lora tests_contrastive tests_discrepancy tests_fisher sanitize
+export -f benchmark benchmark_lora benchmark_contrastive benchmark_mmd benchmark_coral benchmark_fisher \
+    benchmark_gradgram plots
 export PYTHON OUT SITE SMOKE
 WHEELS=${WHEELS:+$(cd "$WHEELS" && pwd)}
 export WHEELS
@@ -180,12 +196,15 @@ if stage build 120 fatal bash -c build; then
     stage tests-lora 30 soft bash -c tests_lora
     stage tests-contrastive 30 soft bash -c tests_contrastive
     stage tests-discrepancy 25 soft bash -c tests_discrepancy
+    stage tests-fisher 25 soft bash -c tests_fisher
     stage sanitizer 30 fatal bash -c sanitize
     stage benchmark 75 fatal bash -c benchmark
     stage benchmark-lora 55 fatal bash -c benchmark_lora
     stage benchmark-contrastive 50 fatal bash -c benchmark_contrastive
     stage benchmark-mmd 30 fatal bash -c benchmark_mmd
     stage benchmark-coral 20 fatal bash -c benchmark_coral
+    stage benchmark-fisher 25 soft bash -c benchmark_fisher
+    stage benchmark-gradgram 15 soft bash -c benchmark_gradgram
     stage plots 15 soft bash -c plots
 fi
 

@@ -292,12 +292,12 @@ def test_resumed_equals_uninterrupted(estimator: type[KFAC], tmp_path: Any) -> N
 
 
 def test_all_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlkernels.distributed import _collectives
+    from tlkernels.nn.fisher import diagonal
 
     model, data = build(Tokens), MODELS["tokens"][1]
     whole = EKFAC(model, progress=False).fit(data)
     here, there = (EKFAC(model, progress=False).accumulate([batch]) for batch in data)
-    monkeypatch.setattr(_collectives, "resolve", lambda op, group: _collectives.Group(None, 0, 2))
+    monkeypatch.setattr(diagonal, "processes", lambda op, group: 2)
 
     def reduce(mine: EKFAC, others: list[Tensor]) -> None:
         queue = [t.clone() for t in others]

@@ -9,6 +9,7 @@ Frederik Kunstner et al. *Limitations of the empirical Fisher approximation.* Ne
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -185,25 +186,39 @@ class Accumulation:
 
     def _all_reduce(self, parts: Iterable[Sums], process_group: Any) -> None:
         """Sum `parts` and the count over the processes."""
-        from tlkernels.distributed._collectives import resolve
-
         if self._broken:
             raise self._is_broken()
         if self._reduced:
             raise RuntimeError(f"{self._op}: all_reduce was called already; call reset first")
-        group = resolve(self._op, process_group)
-        if group.size > 1:
-            import torch.distributed as dist
-
+        if processes(self._op, process_group) > 1:
             tensors = []
             for sums in parts:
                 sums.fold()
                 tensors += [sums.total[name] for name in sums.now]
             count = torch.tensor(float(self.count), dtype=torch.float64, device=tensors[0].device)
             for t in [*tensors, count]:
-                dist.all_reduce(t, group=group.handle)
+                torch.distributed.all_reduce(t, group=process_group)
             self.count = round(float(count))
         self._reduced = True
+
+
+def processes(op: str, process_group: Any) -> int:
+    """How many processes are in the group; one where nothing was initialized.
+
+    Raises
+    ------
+    RuntimeError
+        If a launcher started several (WORLD_SIZE) and torch.distributed is not initialized, or a group is given then.
+    """
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(process_group)
+    started = os.environ.get("WORLD_SIZE", "1")
+    if process_group is not None or (started.isdigit() and int(started) > 1):
+        raise RuntimeError(
+            f"{op}: torch.distributed is not initialized; call torch.distributed.init_process_group first"
+        )
+    return 1
 
 
 class FisherDiagonal(Accumulation):
