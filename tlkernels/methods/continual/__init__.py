@@ -12,6 +12,14 @@ from tlkernels.methods.continual.buffers import (
     ReservoirBuffer,
     RingBuffer,
 )
+from tlkernels.methods.continual.classifiers import (
+    SLDA,
+    BiasCorrection,
+    ICaRL,
+    NearestClassMean,
+    align_weights,
+    herding,
+)
 from tlkernels.methods.continual.metrics import AccuracyMatrix, summarize
 from tlkernels.methods.continual.orthogonal_lora import OLoRA
 from tlkernels.methods.continual.plasticity import ContinualBackprop
@@ -41,15 +49,19 @@ __all__ = [
     "MAS",
     "OGD",
     "SI",
+    "SLDA",
     "AccuracyMatrix",
+    "BiasCorrection",
     "ClassBalancedBuffer",
     "ContinualBackprop",
     "ContinualMethod",
     "DERPlusPlus",
     "GenerativeReplay",
     "GreedyBalancedBuffer",
+    "ICaRL",
     "L2Anchor",
     "LwF",
+    "NearestClassMean",
     "OLoRA",
     "PackNet",
     "ProgressiveNetwork",
@@ -61,7 +73,9 @@ __all__ = [
     "Stream",
     "SupSup",
     "Task",
+    "align_weights",
     "domain_stream",
+    "herding",
     "permuted_stream",
     "rotated_stream",
     "split_stream",
