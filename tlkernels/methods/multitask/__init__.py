@@ -10,6 +10,7 @@ from tlkernels.methods.multitask.analysis import (
     group_tasks,
     magnitude_similarity,
 )
+from tlkernels.methods.multitask.sharing import CGC, MTAN, CrossStitch, HardSharing, MMoE, SoftSharing
 from tlkernels.methods.multitask.surgery import (
     IMTLG,
     METHODS,
@@ -44,6 +45,7 @@ from tlkernels.methods.multitask.weighting import (
 )
 
 __all__ = [
+    "CGC",
     "DWA",
     "FAMO",
     "GLS",
@@ -51,20 +53,25 @@ __all__ = [
     "IMTLL",
     "METHODS",
     "MGDA",
+    "MTAN",
     "RLW",
     "STCH",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
     "ConflictReport",
+    "CrossStitch",
     "DualProj",
     "FairGrad",
     "GradDrop",
     "GradNorm",
     "GradVac",
+    "HardSharing",
+    "MMoE",
     "Mean",
     "NashMTL",
     "PCGrad",
+    "SoftSharing",
     "Step",
     "Sum",
     "Surgery",
