@@ -13,6 +13,7 @@ from tlkernels.methods.continual.classifiers import (
     BiasCorrection,
     ICaRL,
     NearestClassMean,
+    RanPAC,
     align_weights,
     herding,
 )
@@ -147,6 +148,40 @@ class TestICaRL:
         assert memory.classes == [0]
         with pytest.raises(ValueError, match="capacity is 0"):
             ICaRL(0)
+
+
+def test_ranpac_is_ridge_regression_on_projections() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y = data(200)
+    ours = RanPAC(5, projected=40, ridge=0.3, seed=2)
+    for part in pieces(x, y):
+        ours.add(*part)
+    z = (x.double() @ ours.projection).clamp(min=0).numpy()
+    one_hot = (y[:, None] == torch.tensor([0, 2, 4])).double().numpy()
+    theirs = linear_model.Ridge(alpha=0.3, fit_intercept=False, solver="cholesky").fit(z, one_hot)
+    np.testing.assert_allclose(ours.weights().numpy(), theirs.coef_.T, rtol=1e-6, atol=1e-9)
+    test, labels = data(150, seed=5)
+    z = (test.double() @ ours.projection).clamp(min=0).numpy()
+    assert ours.predict(test).tolist() == [2 * int(i) for i in theirs.predict(z).argmax(1)]
+    again = RanPAC(5, projected=40, seed=9)
+    again.load_state_dict(ours.state_dict())
+    assert torch.equal(again.predict(test), ours.predict(test))
+    target = (labels[:, None] == torch.tensor([0, 2, 4])).double().numpy()
+    ridges = [1e-6, 1e-2, 1.0, 1e2, 1e6]
+    seen = (x.double() @ ours.projection).clamp(min=0).numpy()
+    fits = [linear_model.Ridge(alpha=r, fit_intercept=False, solver="cholesky").fit(seen, one_hot) for r in ridges]
+    errors = [((fit.predict(z) - target) ** 2).mean() for fit in fits]
+    assert ours.choose_ridge(test, labels, ridges) == ridges[int(np.argmin(errors))] == ours.ridge
+    for call, says in (
+        (lambda: RanPAC(0), "dim is 0"), (lambda: RanPAC(2, ridge=-1), "ridge is -1"),
+        (lambda: RanPAC(2).predict(torch.ones(1, 2)), "no class was seen"),
+        (lambda: ours.choose_ridge(test, labels, []), "ridges is empty"),
+        (lambda: ours.choose_ridge(test, labels + 1, ridges), "labels holds class 1"),
+        (lambda: ours.add(torch.ones(2, 4), torch.tensor([0, 1])), "has 4 columns; expected 5"),
+        (lambda: again.load_state_dict(RanPAC(5, projected=3).state_dict()), "state_dict has projection"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            call()  # type: ignore[no-untyped-call]
 
 
 def test_bias_correction_finds_what_was_done() -> None:

@@ -17,6 +17,7 @@ from tlkernels.methods.continual.classifiers import (
     BiasCorrection,
     ICaRL,
     NearestClassMean,
+    RanPAC,
     align_weights,
     herding,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "ProgressiveNetwork",
     "PromptPool",
     "RWalk",
+    "RanPAC",
     "ReplayBuffer",
     "ReservoirBuffer",
     "RingBuffer",

@@ -5,7 +5,7 @@ What they keep are sums in float64, so that it does not matter in which batches 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from tlkernels.methods.continual._base import check_number, copied
 
-__all__ = ["SLDA", "BiasCorrection", "ICaRL", "NearestClassMean", "align_weights", "herding"]
+__all__ = ["SLDA", "BiasCorrection", "ICaRL", "NearestClassMean", "RanPAC", "align_weights", "herding"]
 
 
 def _check_features(op: str, features: Tensor, labels: Tensor | None, dim: int | None) -> None:
@@ -352,6 +352,117 @@ class SLDA:
             raise ValueError(f"SLDA: state_dict has shrinkage {state['shrinkage']}; expected {self.shrinkage}")
         self._squares = copied(state["squares"])
         self._sums.load(state)
+
+
+class RanPAC:
+    r"""Ridge regression on randomly projected features, from sums that do not depend on the order of classes.
+
+    Parameters
+    ----------
+    dim : int
+        Of the features.
+    projected : int
+        Of the random projection.
+    ridge : float
+        :math:`\lambda`; `choose_ridge` picks one by held-out data.
+    seed : int
+        Of the projection.
+
+    Raises
+    ------
+    ValueError
+        If a size is not positive or `ridge` is negative.
+
+    Notes
+    -----
+    :math:`z = \mathrm{relu}(W x)` with W normal, :math:`G = \sum z z^T`, :math:`C = \sum z y^T` with one-hot y, and
+    scores :math:`z^T (G + \lambda I)^{-1} C`. Sums are float64.
+
+    References
+    ----------
+    McDonnell et al., RanPAC: random projections and pre-trained models for continual learning, NeurIPS 2023,
+    arXiv:2307.02251.
+    """
+
+    def __init__(self, dim: int, *, projected: int = 2000, ridge: float = 1.0, seed: int = 0) -> None:
+        for name, value in (("dim", dim), ("projected", projected)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"RanPAC: {name} is {value!r}; expected a positive size")
+        self.ridge = check_number("RanPAC", "ridge", ridge)
+        self.projection = torch.randn(dim, projected, generator=torch.Generator().manual_seed(seed)).double()
+        self._gram = torch.zeros(projected, projected, dtype=torch.float64)
+        self._products: dict[int, Tensor] = {}
+
+    def _rows(self, features: Tensor) -> Tensor:
+        _check_features("RanPAC", features, None, len(self.projection))
+        return (features.detach().double().cpu() @ self.projection).clamp(min=0)
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch of features ``[n, dim]`` and their classes ``[n]``.
+
+        Raises
+        ------
+        ValueError
+            If shapes are not these.
+        """
+        _check_features("RanPAC", features, labels, len(self.projection))
+        rows, labels = self._rows(features), labels.cpu()
+        self._gram += rows.T @ rows
+        for c in labels.unique().tolist():
+            total = rows[labels == c].sum(0)
+            self._products[c] = self._products.get(c, torch.zeros_like(total)) + total
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes seen, in order."""
+        return sorted(self._products)
+
+    def weights(self, ridge: float | None = None) -> Tensor:
+        """The regression's weights ``[projected, classes]``, float64."""
+        if not self._products:
+            raise ValueError("RanPAC: no class was seen; expected add() before")
+        eye = torch.eye(len(self._gram), dtype=torch.float64)
+        products = torch.stack([self._products[c] for c in self.classes], 1)
+        return torch.linalg.solve(self._gram + (self.ridge if ridge is None else ridge) * eye, products)
+
+    def choose_ridge(self, features: Tensor, labels: Tensor, ridges: Sequence[float]) -> float:
+        """Set and return the ridge whose squared error on held-out features ``[n, dim]`` is the least.
+
+        Raises
+        ------
+        ValueError
+            If `ridges` is empty, or a label was never seen.
+        """
+        if not len(ridges):
+            raise ValueError("RanPAC: ridges is empty; expected numbers to choose from")
+        unknown = sorted(set(labels.tolist()) - set(self.classes))
+        if unknown:
+            raise ValueError(f"RanPAC: labels holds class {unknown[0]}; expected classes that were added")
+        rows = self._rows(features)
+        target = (labels.cpu()[:, None] == torch.tensor(self.classes)).double()
+        errors = [float((rows @ self.weights(r) - target).square().mean()) for r in ridges]
+        self.ridge = float(ridges[errors.index(min(errors))])
+        return self.ridge
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Classes ``[n]`` of features ``[n, dim]``."""
+        best = (self._rows(features) @ self.weights()).argmax(1)
+        return torch.tensor(self.classes)[best].to(features.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Projection, ridge and sums."""
+        return copied({
+            "projection": self.projection, "ridge": self.ridge, "gram": self._gram, "products": self._products,
+        })  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        if state["projection"].shape != self.projection.shape:
+            got = tuple(state["projection"].shape)
+            raise ValueError(f"RanPAC: state_dict has projection {got}; expected {tuple(self.projection.shape)}")
+        mine = copied(dict(state))
+        self.projection, self.ridge, self._gram = mine["projection"], mine["ridge"], mine["gram"]
+        self._products = mine["products"]
 
 
 class BiasCorrection(nn.Module):
