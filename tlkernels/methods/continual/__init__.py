@@ -21,6 +21,7 @@ from tlkernels.methods.continual.classifiers import (
     align_weights,
     herding,
 )
+from tlkernels.methods.continual.meta_replay import MER, OML
 from tlkernels.methods.continual.metrics import AccuracyMatrix, summarize
 from tlkernels.methods.continual.orthogonal_lora import OLoRA
 from tlkernels.methods.continual.plasticity import ContinualBackprop
@@ -48,7 +49,9 @@ __all__ = [
     "HAT",
     "KFACEWC",
     "MAS",
+    "MER",
     "OGD",
+    "OML",
     "SI",
     "SLDA",
     "AccuracyMatrix",
