@@ -123,7 +123,7 @@ class MER(_Replay):
             with torch.enable_grad():
                 loss = self.criterion(self.model(a), b)
                 grads = torch.autograd.grad(loss, params, allow_unused=True)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if not abs(losses[-1]) < float("inf"):
                 raise ValueError(f"MER: the loss of an example is {losses[-1]}; expected a finite number")
             with torch.no_grad():
