@@ -29,6 +29,7 @@ from tlkernels.methods.continual.projection import AGEM, GEM, GPM, OGD
 from tlkernels.methods.continual.prompts import PromptPool
 from tlkernels.methods.continual.regularization import EWC, KFACEWC, MAS, SI, L2Anchor, LwF, RWalk
 from tlkernels.methods.continual.replay import DER, ER, ERACE, DERPlusPlus, GenerativeReplay
+from tlkernels.methods.continual.replay_selection import GSS, MIR, GradientBuffer
 from tlkernels.methods.continual.streams import (
     Stream,
     Task,
@@ -46,10 +47,12 @@ __all__ = [
     "EWC",
     "GEM",
     "GPM",
+    "GSS",
     "HAT",
     "KFACEWC",
     "MAS",
     "MER",
+    "MIR",
     "OGD",
     "OML",
     "SI",
@@ -61,6 +64,7 @@ __all__ = [
     "ContinualMethod",
     "DERPlusPlus",
     "GenerativeReplay",
+    "GradientBuffer",
     "GreedyBalancedBuffer",
     "ICaRL",
     "L2Anchor",

@@ -85,6 +85,8 @@ def conflict_rate(gram: Tensor) -> float:
 def magnitude_similarity(gram: Tensor) -> Tensor:
     r"""How alike the gradients' lengths are: :math:`2 \|g_i\| \|g_j\| / (\|g_i\|^2 + \|g_j\|^2)`, 1 for equal ones.
 
+    NaN where both are 0.
+
     Parameters
     ----------
     gram : Tensor [T, T]
@@ -198,7 +200,11 @@ class ConflictReport:
 
 
 def affinity(
-    losses: Callable[[], Sequence[Tensor]], shared_parameters: Iterable[Tensor], *, lr: float
+    losses: Callable[[], Sequence[Tensor]],
+    shared_parameters: Iterable[Tensor],
+    *,
+    lr: float,
+    buffers: Iterable[Tensor] = (),
 ) -> NDArray[np.float64]:
     r"""Task affinity by a step ahead: what a step of task i on the shared parameters does to the loss of task j.
 
@@ -209,6 +215,8 @@ def affinity(
     shared_parameters : iterable of Tensor
     lr : float
         Of the step that is tried.
+    buffers : iterable of Tensor
+        What a forward pass changes, to be put back as well: ``model.buffers()`` where batch norms are training.
 
     Returns
     -------
@@ -218,7 +226,13 @@ def affinity(
     Raises
     ------
     ValueError
-        If `lr` is not positive or no parameter requires a gradient. Parameters are put back whatever happens.
+        If `lr` is not positive, no parameter requires a gradient, `losses` returns none, or a loss is 0: there is
+        nothing to compare with. Parameters and buffers are put back whatever happens.
+
+    Notes
+    -----
+    Every call of `losses` draws the same random numbers (torch's default generators, which are where they were
+    afterwards): the difference between two of them is the step's, not dropout's.
 
     References
     ----------
@@ -229,23 +243,33 @@ def affinity(
     shared = [p for p in shared_parameters if p.requires_grad]
     if not shared:
         raise ValueError("affinity: shared_parameters holds none that requires a gradient; expected at least one")
-    before = [p.detach().clone() for p in shared]
-    now = list(losses())
-    grads = [
-        torch.autograd.grad(loss, shared, retain_graph=t + 1 < len(now), allow_unused=True)
-        for t, loss in enumerate(now)
-    ]
-    base = np.array([float(loss.detach()) for loss in now])
-    out = np.empty((len(now), len(now)))
+    changing = [*shared, *buffers]
+    before = [p.detach().clone() for p in changing]
+    devices = sorted({p.get_device() for p in shared if p.is_cuda})
     try:
+        with torch.random.fork_rng(devices):
+            now = list(losses())
+        if not now:
+            raise ValueError("affinity: losses returns none; expected at least one loss")
+        grads = [
+            torch.autograd.grad(loss, shared, retain_graph=t + 1 < len(now), allow_unused=True)
+            for t, loss in enumerate(now)
+        ]
+        base = np.array([float(loss.detach()) for loss in now])
+        if (base == 0).any():
+            raise ValueError(f"affinity: losses[{int((base == 0).argmax())}] is 0; expected a number to divide by")
+        out = np.empty((len(now), len(now)))
         for i, row in enumerate(grads):
-            with torch.no_grad():
-                for p, start, g in zip(shared, before, row, strict=True):
-                    p.copy_(start if g is None else start - lr * g)
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                for p, start in zip(changing, before, strict=True):
+                    p.copy_(start)
+                for p, g in zip(shared, row, strict=True):
+                    if g is not None:
+                        p.sub_(lr * g)
                 out[i] = 1 - np.array([float(loss) for loss in losses()]) / base
     finally:
         with torch.no_grad():
-            for p, start in zip(shared, before, strict=True):
+            for p, start in zip(changing, before, strict=True):
                 p.copy_(start)
     return out
 
@@ -273,8 +297,8 @@ def group_tasks(affinities: ArrayLike, groups: int) -> list[tuple[int, ...]]:
     Notes
     -----
     A task's score in a group is the mean affinity of the others for it (0 alone). The set of groups with the largest
-    total of best scores is found by branch and bound over all 2^T - 1 groups: bounded by every task's best score
-    anywhere.
+    total of best scores is found by branch and bound over all 2^T - 1 groups, bounded by every task's best score
+    anywhere and by what each further group would add alone.
 
     References
     ----------
@@ -286,8 +310,8 @@ def group_tasks(affinities: ArrayLike, groups: int) -> list[tuple[int, ...]]:
     tasks = len(z)
     if not 1 <= tasks <= 12:
         raise ValueError(f"group_tasks: affinities is of {tasks} tasks; expected 1 to 12: all groups of them are tried")
-    if groups < 1:
-        raise ValueError(f"group_tasks: groups is {groups}; expected >= 1")
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"group_tasks: groups is {groups!r}; expected an integer >= 1")
     candidates = [c for size in range(1, tasks + 1) for c in itertools.combinations(range(tasks), size)]
     scores = np.full((len(candidates), tasks), -np.inf)
     for k, members in enumerate(candidates):
@@ -295,25 +319,33 @@ def group_tasks(affinities: ArrayLike, groups: int) -> list[tuple[int, ...]]:
             others = [i for i in members if i != j]
             scores[k, j] = z[others, j].mean() if others else 0.0
     order = np.argsort(-np.where(np.isfinite(scores), scores, 0).sum(1), kind="stable")
-    remaining = np.array([scores[order[k:]].max(0) for k in range(len(order))] + [np.full(tasks, -np.inf)])
+    # a task that no group serves costs more than any choice of groups can gain
+    unserved = -4.0 * tasks * (1.0 + float(np.abs(z).max()))
+    table = np.where(np.isfinite(scores), scores, unserved)[order]
+    remaining = np.maximum.accumulate(table[::-1])[::-1]  # every task's best score in this group or a later one
     best: tuple[float, list[int]] = (-np.inf, [])
 
     def search(at: int, chosen: list[int], have: NDArray[np.float64]) -> None:
         nonlocal best
-        total = float(have.sum())
-        if np.isfinite(total) and total > best[0] + 1e-12:
-            best = total, list(chosen)
-        if len(chosen) == groups or at == len(order):
+        totals = np.maximum(have, table[at:]).sum(1)
+        top = int(totals.argmax())
+        if totals[top] > best[0] + 1e-12:
+            best = float(totals[top]), [*chosen, at + top]
+        slots = groups - len(chosen) - 1
+        if slots == 0:
             return
-        if float(np.maximum(have, remaining[at]).sum()) <= best[0] + 1e-12:
-            return
-        search(at + 1, [*chosen, int(order[at])], np.maximum(have, scores[order[at]]))
-        search(at + 1, chosen, have)
+        # more groups add at most what each would alone, and no task gets more than its best score
+        gains = np.maximum.accumulate((totals - have.sum())[::-1])[::-1]
+        bounds = np.minimum(totals + slots * gains, np.maximum(np.maximum(have, table[at:]), remaining[at:]).sum(1))
+        for k in range(len(totals) - 1):
+            if bounds[k] > best[0] + 1e-12:
+                search(at + k + 1, [*chosen, at + k], np.maximum(have, table[at + k]))
 
-    search(0, [], np.full(tasks, -np.inf))
+    groups = min(groups, tasks)  # more cannot help: each task is served by one
+    search(0, [], np.full(tasks, unserved))
+    best = best[0], [int(order[k]) for k in best[1]]
     # a group that serves nobody best is left out
-    table = scores[best[1]]
-    used = sorted({int(k) for k in table.argmax(0)})
+    used = sorted({int(k) for k in scores[best[1]].argmax(0)})
     return sorted((candidates[best[1][k]] for k in used), key=lambda c: (len(c), c))
 
 

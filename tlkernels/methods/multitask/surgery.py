@@ -480,6 +480,7 @@ def backward(
     features : Tensor, optional
         The shared representation, an intermediate result of the forward pass: gradients are then compared there,
         which is cheaper, and only their combination goes through the shared part (MGDA-UB; also for other methods).
+        Losses must depend on the shared parameters through it alone.
     retain_graph : bool
         Keep the graph for another backward pass.
     scaler : torch.amp.GradScaler, optional
@@ -494,7 +495,8 @@ def backward(
     ------
     TypeError, ValueError
         Naming the argument: no loss, a loss that is no scalar or depends on nothing, no shared parameter that any loss
-        uses, an unknown method. Nothing has been written to ``.grad`` then.
+        uses, a sparse gradient of one, a loss that reaches one past `features`, an unknown method. Nothing has been
+        written to ``.grad`` then.
 
     Notes
     -----
@@ -502,6 +504,9 @@ def backward(
     pieces' combinations. One task gets its plain gradient. What a task whose gradient is 0 does is said at its method's
     weights (`tlkernels.ops`). Where a gradient is inf or NaN all are added up as they are, so that a scaler sees it and
     leaves out the step.
+
+    Gradients come from ``torch.autograd.grad``, which runs no hooks of accumulation: under DistributedDataParallel
+    average ``.grad`` over the ranks after the call.
 
     Examples
     --------
@@ -514,8 +519,8 @@ def backward(
     shared = list(dict.fromkeys(p for p in shared_parameters if _checked_parameter(p).requires_grad))
     surgery = _method(method)
     own = _own_parameters(losses, shared, task_parameters)
-    if features is not None and not (isinstance(features, Tensor) and features.requires_grad):
-        raise ValueError("backward: features does not require a gradient; expected a result of the shared part")
+    if features is not None:
+        _check_features(features, losses, shared)
     at = shared if features is None else [features]
     scaled = losses if scaler is None else [scaler.scale(loss) for loss in losses]
     rows: list[list[Tensor | None]] = []
@@ -558,8 +563,19 @@ def backward(
         combining.combine([combined], grads, weights, accumulate=False)
         torch.autograd.backward(features, combined, inputs=shared, retain_graph=retain_graph)
     for parameter, grad in heads:
-        parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        _add_grad(parameter, grad)
     return Step(weights, gram)
+
+
+def _add_grad(p: Tensor, grad: Tensor) -> None:
+    """Add to ``.grad``, which must be memory of its own: autograd may give two parameters one tensor, or expanded ones,
+    and what changes gradients in place (clipping, a scaler) would do so twice."""  # noqa: D205, D209
+    if p.grad is None:
+        p.grad = grad.clone() if grad.is_sparse else torch.empty_like(p, requires_grad=False).copy_(grad)
+    elif p.grad.is_sparse and not grad.is_sparse:
+        p.grad = grad + p.grad  # a dense sum does not fit into a sparse tensor
+    else:
+        p.grad.add_(grad)
 
 
 def _grad_of(p: Tensor) -> Tensor:
@@ -620,18 +636,35 @@ def _own_parameters(
     return own
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The leaves that accumulate a gradient when the loss is differentiated, in the order they are met."""
+def _check_features(features: Tensor, losses: list[Tensor], shared: list[Tensor]) -> None:
+    if not (isinstance(features, Tensor) and features.requires_grad):
+        raise ValueError("backward: features does not require a gradient; expected a result of the shared part")
+    if features.grad_fn is None:
+        raise ValueError("backward: features is a leaf; expected a result of the shared part, not detached from it")
+    common = {id(p) for p in shared}
+    for t, loss in enumerate(losses):
+        if any(id(p) in common for p in _leaves(loss, stop=features.grad_fn)):
+            raise ValueError(
+                f"backward: losses[{t}] depends on shared_parameters past features, a gradient that would be lost; "
+                f"expected losses of features alone"
+            )
+
+
+def _leaves(loss: Tensor, stop: Any = None) -> list[Tensor]:
+    """The leaves that accumulate a gradient when the loss is differentiated, in the order they are met.
+
+    Those behind the node `stop` alone are left out.
+    """
     found: dict[int, Tensor] = {}
-    seen: set[Any] = set()
+    seen: set[Any] = {stop}
     waiting: list[Any] = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
+        if type(node).__name__ == "AccumulateGrad":  # a Function of the user's may have a `variable` as well
+            variable = node.variable
             found.setdefault(id(variable), variable)
         waiting += [following for following, _ in node.next_functions]
     return list(found.values())

@@ -243,7 +243,8 @@ class DWA(Weighting):
     Notes
     -----
     :math:`w = T\, \mathrm{softmax}(r / \tau)` with :math:`r_t` the mean loss of the last epoch over that of the one
-    before; ones in the first two epochs. Call `step` at the end of each epoch.
+    before (1 where that was 0); ones in the first two epochs. Call `step` at the end of each epoch. A step with a loss
+    that is inf or NaN does not count in the mean.
 
     References
     ----------
@@ -270,15 +271,17 @@ class DWA(Weighting):
         """The weights ``[tasks]`` of this epoch, float64; their sum is the number of tasks."""
         if int(self.epochs) < 2:
             return torch.ones_like(self.total)
-        return self.tasks * (self.history[1] / self.history[0] / self.temperature).softmax(0)
+        ratio = torch.where(self.history[0] == 0, 1.0, self.history[1] / self.history[0])
+        return self.tasks * (ratio / self.temperature).softmax(0)
 
     def forward(self, losses: Tensor | Sequence[Tensor]) -> Tensor:
         """The scalar to differentiate, of losses ``[tasks]``; remembers the losses for the epoch's mean."""
         rows = self.stacked(losses)
         weights = self.weights.to(rows)
         with torch.no_grad():
-            self.total += rows.to(self.total)
-            self.count += 1
+            if bool(rows.isfinite().all()):  # an overflow must not stay in the mean
+                self.total += rows.to(self.total)
+                self.count += 1
         return (weights * rows).sum()
 
     def step(self) -> None:
@@ -320,7 +323,9 @@ class GradNorm(Weighting):
 
     the target being constant, and are then scaled to sum to the number of tasks. The norms of the unweighted gradients
     are all that enters (:math:`G_t = w_t \|\nabla L_t\|`), so one graph serves the weights and the loss that is
-    returned, and the weights' step needs no second derivative.
+    returned, and the weights' step needs no second derivative. A step with a loss or norm that is inf or NaN leaves the
+    weights as they are, and first losses are those of the first step without. A list of losses costs a backward pass of
+    each task; one tensor of them as many passes of all.
 
     References
     ----------
@@ -351,11 +356,13 @@ class GradNorm(Weighting):
         if isinstance(losses, Tensor):
             losses = list(losses.unbind()) if losses.dim() else [losses]
         rows = self.stacked(losses)
+        if not bool(self.started):
+            _check_positive("GradNorm", rows.detach())
         total = (self.weights.to(rows, copy=True) * rows).sum()
         if not torch.is_grad_enabled():
             return total
         norms = []
-        for loss in rows:
+        for loss in losses:  # not of `rows`: a row's gradient goes through the graphs of all that are stacked
             grads = torch.autograd.grad(loss, self.shared, retain_graph=True, allow_unused=True)
             sizes = [g.detach().to(rows.dtype).norm() for g in grads if g is not None]
             norms.append(torch.stack(sizes).norm() if sizes else rows.new_zeros(()))
@@ -365,7 +372,8 @@ class GradNorm(Weighting):
     @torch.no_grad()
     def _move(self, norms: Tensor, losses: Tensor) -> None:
         if not bool(self.started):
-            _check_positive("GradNorm", losses)
+            if not bool(losses.isfinite().all()):
+                return
             self.first.copy_(losses)
             self.started.fill_(True)
         ratio = losses / self.first
@@ -395,14 +403,16 @@ class FAMO(Weighting):
     Raises
     ------
     ValueError
-        If a number is negative or `min_losses` has another shape; `update` without a call before it.
+        If a number is negative or `min_losses` has another shape; on a call or `update`, if a loss is not above its
+        bound; `update` without a call before it.
 
     Notes
     -----
     With :math:`z = \mathrm{softmax}(\xi)` and :math:`D_t = L_t - b_t + \epsilon` the loss is
     :math:`c \sum_t z_t \log D_t`, :math:`c = (\sum_t z_t / D_t)^{-1}` a constant. After the model's step call `update`
     with the losses of the same batch: :math:`\xi` descends along
-    :math:`J_z^T (\log D^{before} - \log D^{after})`.
+    :math:`J_z^T (\log D^{before} - \log D^{after})`. An `update` with a loss that is inf or NaN, before or after,
+    leaves the weights as they are.
 
     References
     ----------
@@ -411,6 +421,7 @@ class FAMO(Weighting):
 
     bounds: Tensor
     before: Tensor
+    called: Tensor
 
     def __init__(
         self, tasks: int, *, lr: float = 0.025, weight_decay: float = 1e-3, min_losses: Tensor | None = None,
@@ -426,6 +437,7 @@ class FAMO(Weighting):
         self.logits = nn.Parameter(torch.zeros(tasks), requires_grad=False)  # not the model's optimizer's
         self.register_buffer("bounds", torch.zeros(tasks) if min_losses is None else min_losses.detach().float())
         self.register_buffer("before", torch.full((tasks,), math.nan))
+        self.register_buffer("called", torch.zeros((), dtype=torch.bool))
         self.optimizer = torch.optim.Adam([self.logits], lr=lr, weight_decay=weight_decay)
 
     def _distance(self, losses: Tensor | Sequence[Tensor]) -> Tensor:
@@ -438,14 +450,19 @@ class FAMO(Weighting):
         _check_positive("FAMO", distance.detach())
         z = self.logits.softmax(0).to(distance)
         self.before.copy_(distance.detach())
+        self.called.fill_(True)
         return (z * distance.log()).sum() / (z / distance.detach()).sum()
 
     def update(self, losses: Tensor | Sequence[Tensor]) -> None:
         """Move the weights by the same batch's losses ``[tasks]`` after the model's step."""
-        if bool(self.before.isnan().all()):
+        if not bool(self.called):
             raise ValueError("FAMO: update was called before the weighting itself; expected a step in between")
         with torch.no_grad():
-            delta = self.before.log() - self._distance(losses).to(self.before).log()
+            distance = self._distance(losses).to(self.before)
+            _check_positive("FAMO", distance)
+            delta = self.before.log() - distance.log()
+            if not bool(delta.isfinite().all()):  # it would stay in the logits and in Adam's moments
+                return
             z = self.logits.softmax(0)
             self.logits.grad = z * (delta - (z * delta).sum())
         self.optimizer.step()
@@ -469,14 +486,14 @@ class STCH(Weighting):
     mu : float
         Smoothness, positive: small values come close to the largest weighted loss.
     weights : Tensor [tasks], optional
-        Preference; default 1 / tasks each.
+        Preference, none negative; default 1 / tasks each.
     ideal : Tensor [tasks], optional
         The ideal point z; default 0.
 
     Raises
     ------
     ValueError
-        If `mu` is not positive, or `weights` or `ideal` has another shape.
+        If `mu` is not positive, `weights` or `ideal` has another shape, or a weight is negative.
 
     References
     ----------
@@ -499,6 +516,8 @@ class STCH(Weighting):
             if value is not None and tuple(value.shape) != (tasks,):
                 raise ValueError(f"STCH: {name} has shape {tuple(value.shape)}; expected ({tasks},)")
             self.register_buffer(name, default if value is None else value.detach().clone())
+        if not bool((self.weights >= 0).all()):
+            raise ValueError(f"STCH: weights is {self.weights.tolist()}; expected no negative number")
 
     def forward(self, losses: Tensor | Sequence[Tensor]) -> Tensor:
         """The scalar to differentiate, of losses ``[tasks]``."""
