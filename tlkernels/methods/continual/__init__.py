@@ -21,6 +21,7 @@ from tlkernels.methods.continual.classifiers import (
     align_weights,
     herding,
 )
+from tlkernels.methods.continual.fecam import FeCAM
 from tlkernels.methods.continual.meta_replay import MER, OML
 from tlkernels.methods.continual.metrics import AccuracyMatrix, summarize
 from tlkernels.methods.continual.orthogonal_lora import OLoRA
@@ -63,6 +64,7 @@ __all__ = [
     "ContinualBackprop",
     "ContinualMethod",
     "DERPlusPlus",
+    "FeCAM",
     "GenerativeReplay",
     "GradientBuffer",
     "GreedyBalancedBuffer",
