@@ -165,6 +165,10 @@ def test_wrong_calls() -> None:
     ):
         with pytest.raises(error, match=says):
             call()  # type: ignore[no-untyped-call]
+    state = buffer.state_dict()
+    del state["generator"]
+    with pytest.raises(ValueError, match="state_dict lacks 'generator'"):
+        buffer.load_state_dict({**state, "seen": 99})
     assert len(buffer) == 2 and buffer.seen == 2
     leaf = torch.ones(1, 3, requires_grad=True)
     buffer.add(leaf * 2, torch.tensor([1]))

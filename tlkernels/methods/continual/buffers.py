@@ -129,6 +129,9 @@ class ReplayBuffer:
         for key, want in (("class", self._op), ("capacity", self.capacity)):
             if state_dict.get(key) != want:
                 raise ValueError(f"{self._op}: state_dict has {key} {state_dict.get(key)!r}; expected {want!r}")
+        missing = sorted({"seen", "count", "rows", "generator", *self._state()} - state_dict.keys())
+        if missing:
+            raise ValueError(f"{self._op}: state_dict lacks {missing[0]!r}; expected what state_dict() returns")
         self.seen, self._count = state_dict["seen"], state_dict["count"]
         self._rows = copied(state_dict["rows"])
         self.generator.set_state(state_dict["generator"])

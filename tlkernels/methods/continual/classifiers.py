@@ -213,7 +213,7 @@ class ICaRL:
             raise ValueError("ICaRL: there are no exemplars; expected update() before")
         return (
             torch.cat([self._inputs[c] for c in self.classes]),
-            torch.cat([torch.full((len(self._inputs[c]),), c) for c in self.classes]),
+            torch.cat([torch.full((len(t),), c, device=t.device) for c, t in sorted(self._inputs.items())]),
         )
 
     @torch.no_grad()
